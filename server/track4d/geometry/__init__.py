@@ -1,0 +1,1 @@
+"""Meshes, cameras and their pictures."""
