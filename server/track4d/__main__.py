@@ -1,0 +1,5 @@
+"""`python -m track4d`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,158 @@
+"""The command line: `track4d animate`, `fit`, `serve`, `doctor`, `train`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from track4d_protocol.errors import Track4DError, TransportError, error_from_dict
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Animate your own mesh from a sentence.")
+train_app = typer.Typer(no_args_is_help=True, help="Train the models that ship.")
+app.add_typer(train_app, name="train")
+console = Console(stderr=True, highlight=False)
+
+Outputs = Annotated[list[Path], typer.Option("-o", "--out", help="File to write; may be given several times (.glb .blend .fbx .usdc .abc).")]
+Home = Annotated[Optional[Path], typer.Option(help="Folder of the server's jobs and keys.")]
+Frames = Annotated[int, typer.Option(help="Frames of the result.")]
+Seed = Annotated[int, typer.Option(help="Another seed, another motion.")]
+PresetName = Annotated[str, typer.Option("--preset", help="fast or default.")]
+Front = Annotated[str, typer.Option(help="The axis that the object faces: -Y, +Y, +X or -X.")]
+Extra = Annotated[Optional[Path], typer.Option()]
+
+
+@app.command()
+def animate(mesh: Path, out: Outputs, prompt: Annotated[str, typer.Option(help='What it does, such as "the fox is running".')],
+            seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", home: Home = None,
+            preview: Extra = None, sheet: Extra = None, report: Extra = None) -> None:
+    """Animate the mesh of a file by a sentence."""
+    blender_client("animate", mesh, ["--prompt", prompt], out, seed, frames, preset, front, home, preview, sheet, report)
+
+
+@app.command()
+def fit(mesh: Path, out: Outputs, video: Annotated[Path, typer.Option(help="Folder with view_0/, view_1/, ... and cameras.json.")],
+        seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", home: Home = None,
+        preview: Extra = None, sheet: Extra = None, report: Extra = None) -> None:
+    """Make the mesh of a file move as in a multi-view video."""
+    blender_client("fit", mesh, ["--video", str(video)], out, seed, frames, preset, front, home, preview, sheet, report)
+
+
+@app.command()
+def serve(home: Home = None, address: Annotated[str, typer.Option(help="Where to listen.")] = "tcp://127.0.0.1:*") -> None:
+    """Run the server until it is stopped."""
+    from track4d_protocol.keys import default_home
+
+    from .service import serve as run_server
+
+    run_server(home or default_home(), address)
+
+
+@app.command()
+def doctor(self_test: Annotated[bool, typer.Option(help="Also animate a tiny mesh, which compiles the kernels once.")] = True) -> None:
+    """Say what works on this machine, what doesn't, and what to do."""
+    from .doctor import examine
+
+    healthy = examine(self_test, Console(highlight=False))
+    raise typer.Exit(0 if healthy else 1)
+
+
+@train_app.command("motion")
+def train_motion(out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/motion"),
+                 minutes: Annotated[float, typer.Option(help="How long to train.")] = 60.0,
+                 batch: Annotated[int, typer.Option(help="Clips per step.")] = 16, seed: Seed = 0,
+                 resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False) -> None:
+    """Train the motion generator on procedural clips."""
+    from .training.motion import train
+
+    train(out, minutes=minutes, batch=batch, seed=seed, resume=resume)
+
+
+def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], seed: int, frames: int, preset: str, front: str,
+                   home: Path | None, preview: Path | None, sheet: Path | None, report: Path | None) -> None:
+    """Runs the client in its own process, where bpy lives, and draws its progress.
+
+    Raises:
+        Track4DError: what the client reported.
+    """
+    if find_spec("bpy") is None:
+        raise TransportError("no_bpy", "Files are read and written by Blender's Python module, which is not installed here.",
+                             "Run: pip install bpy (Python 3.11 for 4.2 to 5.0, Python 3.13 for 5.1 and later).")
+    command = [sys.executable, "-m", "track4d_addon.headless", task, str(mesh), *what, "--seed", str(seed), "--frames", str(frames),
+               "--preset", preset, "--front", front]
+    for path in out:
+        command += ["--out", str(path)]
+    for flag, value in (("--home", home), ("--preview", preview), ("--sheet", sheet), ("--report", report)):
+        command += [flag, str(value)] if value else []
+    from .footprint import Footprint
+
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert client.stdout is not None and client.stderr is not None
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(client.stderr), daemon=True)
+    reader.start()
+    with Footprint(client.pid, home) as footprint:
+        error = draw(client)
+        client.wait()
+    reader.join(timeout=5)
+    if error:
+        raise error_from_dict(error)
+    if client.returncode:
+        raise TransportError("client_failed", f"The Blender client ended with code {client.returncode}: {''.join(log[-3:]).strip()}",
+                             "Run track4d doctor; the lines above name the place.")
+    if report and report.exists():
+        content = json.loads(report.read_text())
+        content["peak_memory_bytes"] = footprint.peak
+        report.write_text(json.dumps(content, indent=1))
+    for path in [*out, *(p for p in (preview, sheet, report) if p)]:
+        console.print(f"wrote {path}")
+
+
+def draw(client: subprocess.Popen) -> dict | None:
+    """Shows the client's JSON lines as progress; returns its error if it reported one."""
+    error = None
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, int] = {}
+        for line in client.stdout or ():
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:  # Blender itself prints here too
+                continue
+            if not isinstance(event, dict):
+                continue
+            if "error" in event:
+                error = event["error"]
+            elif "warning" in event:
+                progress.console.print(f"note: {event['warning']['message']} {event['warning'].get('action', '')}", style="yellow")
+            elif "stage" in event:
+                stage = event["stage"]
+                total = max(1, event.get("total", 1))
+                if stage not in tasks:
+                    for done in tasks.values():
+                        progress.update(done, completed=progress.tasks[done].total)  # type: ignore[index]
+                    tasks[stage] = progress.add_task(stage, total=total)
+                progress.update(tasks[stage], completed=event.get("step", 0), total=total)  # type: ignore[arg-type]
+        if error is None:
+            for done in tasks.values():
+                progress.update(done, completed=progress.tasks[done].total)  # type: ignore[index,arg-type]
+    return error
+
+
+def main() -> None:
+    """The entry point: a `Track4DError` becomes two lines and exit code 2."""
+    try:
+        app()
+    except Track4DError as error:
+        console.print(f"[bold red]{error.message}[/] [{error.code}]", markup=True)
+        if error.action:
+            console.print(error.action)
+        sys.exit(2)

@@ -1,0 +1,214 @@
+"""Track4DGen from a captured object to its motion: the paper's Figure 1 on one page."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+import torch
+from track4d_protocol import __version__
+from track4d_protocol.errors import InputError
+from track4d_protocol.messages import Request, Result
+from track4d_protocol.space import BACKGROUND, Similarity, canonical_similarity
+
+from .gaussians.appearance import refine_appearance
+from .gaussians.cloud import Cloud, seed_cloud
+from .geometry.mesh import Mesh, check_mesh
+from .geometry.zbuffer import over, render
+from .motion.appearance import estimate_shading
+from .motion.fit import Tracks3D, fit_motion
+from .presets import FITTED_FRAMES, VIDEO_SIZE, preset
+from .progress import Report
+from .video.generator import MotionGenerator, decode_video
+
+MAX_FRAMES = 600  # of the result; the motion itself is continuous
+
+
+def run(request: Request, report: Report) -> Result:
+    """Animates the request's mesh by its prompt, or by its video.
+
+    Args:
+        request: mesh, pictures, cameras and settings in the user's space.
+        report: gets the progress; may raise `Cancelled`.
+
+    Returns:
+        The mesh's vertices over time in the user's space, the Gaussians bound to it, a video of both, and the report.
+
+    Raises:
+        InputError: something in the request can't be used.
+    """
+    clock = Clock(report)
+    settings, arrays = request.settings, request.arrays
+    quality = preset(settings.preset)
+    warnings: list[dict[str, str]] = []
+    check_settings(request)
+
+    with clock("canonicalise"):
+        mesh, similarity = canonical_mesh(request)
+        viewmats = similarity.viewmats_to_canonical(arrays["viewmats"])  # [V, 4, 4]
+        Ks = np.asarray(arrays["Ks"], np.float32)  # [V, 3, 3]
+
+    if settings.task == "animate":
+        with clock("generate"):  # Stage One
+            generator = shipped_generator()
+            warnings += word_warnings(generator, settings.prompt)
+            stills = arrays["views"]  # [V, H, W, 4]
+            generated = generator.generate(mesh, stills, viewmats, Ks, settings.prompt, frames=FITTED_FRAMES,
+                                           steps=quality.sampling_steps, seed=settings.seed, report=report)
+            shading = estimate_shading(mesh, stills, viewmats, Ks)
+            video = decode_video(mesh, generated.tracks, viewmats, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
+            tracks = Tracks3D(generated.tracks, generated.confidence)
+            report("generate", quality.sampling_steps, quality.sampling_steps, preview=grid(over(video[:, len(video[0]) // 3] / 255.0, BACKGROUND)))
+    else:
+        video, tracks = arrays["video"], None
+        stills = still_views(video)
+        shading = estimate_shading(mesh, stills, viewmats, Ks)
+
+    with clock("fit"):  # Stage Two
+        field = fit_motion(mesh, video, viewmats, Ks, shading, tracks, quality.fit, settings.seed, report)
+
+    with clock("appearance"):
+        cloud = surface_gaussians(mesh, stills, viewmats, Ks, quality, settings.seed)
+
+    with clock("sample"):
+        vertices = field.sample(np.linspace(-1, 1, settings.frames))  # [F, N, 3]
+        means, quats = cloud.pose(torch.from_numpy(mesh.faces), torch.from_numpy(vertices))  # [F, G, 3], [F, G, 4]
+        rendered = film(mesh, vertices, viewmats, Ks, stills.shape[1], shading)
+
+    return Result(
+        report={
+            "version": __version__, "task": settings.task, "prompt": settings.prompt, "seed": settings.seed,
+            "preset": settings.preset, "frames": settings.frames, "vertices": len(mesh.vertices), "triangles": len(mesh.faces),
+            "gaussians": len(cloud.opacities), "seconds": clock.seconds, "warnings": warnings,
+            "edge_change_p99": edge_change(mesh, vertices), "torch": torch.__version__,
+        },
+        arrays={
+            "vertices": similarity.invert(vertices),
+            "video": rendered,
+            "gaussian_means": similarity.invert(means.numpy()),
+            "gaussian_quats": turned_back(quats, similarity).numpy(),
+            "gaussian_scales": (cloud.scales / similarity.scale).numpy().astype(np.float32),
+            "gaussian_opacities": cloud.opacities.numpy(),
+            "gaussian_colors": cloud.colors.numpy(),
+        },
+    )
+
+
+class Clock:
+    """Seconds per stage, and the report that a stage has begun."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str):
+        self.report(stage, 0, 1)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+def check_settings(request: Request) -> None:
+    """Refuses what no stage could use.
+
+    Raises:
+        InputError: an unknown task, no prompt, a number of frames out of range, or an array that is missing.
+    """
+    settings = request.settings
+    if settings.task not in ("animate", "fit"):
+        raise InputError("unknown_task", f"There is no task '{settings.task}'.", "Use 'animate' or 'fit'.")
+    if settings.task == "animate" and not settings.prompt.strip():
+        raise InputError("empty_prompt", "The prompt is empty.", 'Say what the object does, for example "the fox is running".')
+    if not 2 <= settings.frames <= MAX_FRAMES:
+        raise InputError("bad_frames", f"{settings.frames} frames were asked for.", f"Choose 2 to {MAX_FRAMES} frames.")
+    needed = ["vertices", "faces", "viewmats", "Ks", "views" if settings.task == "animate" else "video"]
+    missing = [name for name in needed if name not in request.arrays]
+    if missing:
+        raise InputError("missing_arrays", f"The request has no {', '.join(missing)}.",
+                         "Update the extension and the server to the same version.")
+
+
+def canonical_mesh(request: Request) -> tuple[Mesh, Similarity]:
+    """The request's mesh in canonical space, and the transform that took it there."""
+    arrays = request.arrays
+    check_mesh(arrays["vertices"], arrays["faces"])
+    similarity = canonical_similarity(arrays["vertices"], request.settings.front)
+    textures = [arrays[f"texture_{k}"].astype(np.float32) / 255 for k in range(sum(n.startswith("texture_") for n in arrays))]
+    return Mesh(similarity.apply(arrays["vertices"]), arrays["faces"], arrays.get("uvs"), arrays.get("materials"), textures), similarity
+
+
+@lru_cache(maxsize=1)
+def shipped_generator() -> MotionGenerator:
+    """The generator that comes with the package; loaded once per process."""
+    return MotionGenerator.load()
+
+
+def word_warnings(generator: MotionGenerator, prompt: str) -> list[dict[str, str]]:
+    """A warning when the prompt's words mean nothing to the model."""
+    unknown = generator.unknown_words(prompt)
+    if not unknown:
+        return []
+    return [{"code": "unknown_words", "message": f"The model does not know: {', '.join(unknown)}.",
+             "action": f"It knows these motions: {', '.join(generator.known_verbs())}."}]
+
+
+def still_views(video: np.ndarray) -> np.ndarray:
+    """Frame 0 of a video [V, F, H, W, 3 or 4] as straight RGBA pictures [V, H, W, 4] uint8."""
+    from .motion.fit import video_masks
+
+    first = video[:, :1]
+    alpha = (video_masks(first)[:, 0, ..., None] * 255).astype(np.uint8)
+    return np.concatenate([first[:, 0, ..., :3], alpha], -1)
+
+
+def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, quality, seed: int) -> Cloud:
+    """Gaussians on the mesh's vertices and triangles, their appearance fitted to the still pictures."""
+    cloud = seed_cloud(mesh, quality.gaussians, torch.Generator().manual_seed(seed))
+    pictures = torch.from_numpy(stills.astype(np.float32) / 255)  # [V, H, W, 4]
+    alphas = pictures[..., 3]
+    colors = pictures[..., :3] * alphas[..., None] + (1 - alphas[..., None]) * BACKGROUND
+    return refine_appearance(cloud, torch.from_numpy(mesh.faces), torch.from_numpy(mesh.vertices), colors, alphas,
+                             torch.from_numpy(viewmats), torch.from_numpy(Ks), steps=quality.appearance_steps)
+
+
+def film(mesh: Mesh, vertices: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, size: int, shading: np.ndarray) -> np.ndarray:
+    """The moving mesh from every view on grey; [V, F, H, W, 3] uint8."""
+    pictures = over(render(mesh, vertices, viewmats, Ks, size, shading=shading), BACKGROUND)  # [F, V, H, W, 3]
+    return (pictures.transpose(1, 0, 2, 3, 4) * 255 + 0.5).astype(np.uint8)
+
+
+def grid(pictures: np.ndarray) -> np.ndarray:
+    """Pictures [V, H, W, 3] in 0..1 side by side in two rows; [H', W', 3] uint8."""
+    count = len(pictures) + len(pictures) % 2
+    padded = np.full((count, *pictures.shape[1:]), BACKGROUND, np.float32)
+    padded[:len(pictures)] = pictures
+    rows = [np.concatenate(list(half), 1) for half in np.split(padded, 2)] if count > 1 else [padded[0]]
+    return (np.concatenate(rows, 0).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def edge_change(mesh: Mesh, vertices: np.ndarray) -> float:
+    """99th percentile over edges and frames of the length ratio to rest, longer or shorter; 1 is unchanged."""
+    edges = mesh.edges()
+    length = np.linalg.norm(vertices[:, edges[:, 0]] - vertices[:, edges[:, 1]], axis=-1)  # [F, E]
+    rest = np.linalg.norm(mesh.vertices[edges[:, 0]] - mesh.vertices[edges[:, 1]], axis=-1)  # [E]
+    real = rest > 1e-4
+    if not real.any():
+        return 1.0
+    ratio = np.maximum(length[:, real], 1e-9) / rest[real]
+    return round(float(np.quantile(np.maximum(ratio, 1 / ratio), 0.99)), 4)
+
+
+def turned_back(quats: torch.Tensor, similarity: Similarity) -> torch.Tensor:
+    """Orientations [..., 4] wxyz from canonical space to the user's space."""
+    from scipy.spatial.transform import Rotation
+
+    x, y, z, w = Rotation.from_matrix(similarity.rotation.T).as_quat()  # canonical to world
+    a, b, c, d = quats.unbind(-1)
+    return torch.stack([w * a - x * b - y * c - z * d, w * b + x * a + y * d - z * c,
+                        w * c - x * d + y * a + z * b, w * d + x * c - y * b + z * a], -1).float()
+
+
+__all__ = ["FITTED_FRAMES", "VIDEO_SIZE", "run"]
