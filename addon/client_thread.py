@@ -1,0 +1,322 @@
+"""The one background thread that talks to the server. It owns the `Client`; it never touches bpy.
+
+The main thread puts commands into `ClientThread.commands` and takes events out of `ClientThread.events`: small
+dataclasses through two queues, nothing shared. A server that goes away is looked for until it is back, and every job is
+then watched again.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from track4d_protocol.errors import ServerError, Track4DError, TransportError
+
+if TYPE_CHECKING:
+    from track4d_protocol.client import Client
+    from track4d_protocol.keys import Connection
+    from track4d_protocol.messages import Job, Request, Result
+
+log = logging.getLogger(__name__)
+
+CLIENT_TIMEOUT = 3.0  # seconds without an answer after which a server counts as unreachable
+SUBMIT_TRIES = 3  # a request during which the server goes silent so often is given up
+AWAY = ("server_unreachable", "server_lost")  # errors that mean: look for the server again
+POLL = 0.1  # seconds the thread listens to the server before it looks for commands
+RETRY = 1.0  # seconds between two looks for a server that is away
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where to find the server: a copy of the preferences, since bpy belongs to the main thread."""
+
+    connection_file: Path | None  # of a server that somebody else runs; None for the one of this computer
+    home: Path | None  # of this computer's server; None for the default
+    python: str  # interpreter that has the server installed; "" when not set
+    online: bool  # whether Blender allows traffic beyond this computer
+
+
+# Commands, main thread -> client thread
+
+
+@dataclass(frozen=True)
+class Attach:
+    source: Source
+    start: bool = False  # start this computer's server when it doesn't run
+
+
+@dataclass(frozen=True)
+class Submit:
+    job_id: str
+    request: Request
+
+
+@dataclass(frozen=True)
+class Cancel:
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Fetch:
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Forget:
+    job_id: str
+
+
+@dataclass(frozen=True)
+class ListJobs:
+    pass
+
+
+@dataclass(frozen=True)
+class Stop:
+    pass
+
+
+Command = Attach | Submit | Cancel | Fetch | Forget | ListJobs | Stop
+
+
+# Events, client thread -> main thread
+
+
+class Server(str, Enum):
+    """What is known about the server."""
+
+    UNKNOWN = "unknown"
+    CONNECTING = "connecting"
+    STARTING = "starting"
+    CONNECTED = "connected"
+    ABSENT = "absent"  # never reached
+    LOST = "lost"  # reached before, silent now
+
+
+@dataclass(frozen=True)
+class ServerChanged:
+    server: Server
+    hello: dict[str, Any] | None = None
+    error: Track4DError | None = None
+
+
+@dataclass(frozen=True)
+class JobChanged:
+    job: Job
+
+
+@dataclass(frozen=True)
+class JobsListed:
+    jobs: list[Job]
+
+
+@dataclass(frozen=True)
+class ResultArrived:
+    job_id: str
+    result: Result
+
+
+@dataclass(frozen=True)
+class JobFailed:
+    """A command for one job was refused."""
+
+    job_id: str
+    error: Track4DError
+
+
+Event = ServerChanged | JobChanged | JobsListed | ResultArrived | JobFailed
+
+
+class ClientThread(threading.Thread):
+    """Runs until it is sent `Stop`; a daemon, so that quitting Blender never waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__(name="track4d client", daemon=True)
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._source: Source | None = None
+        self._client: Client | None = None
+        self._announced: tuple[Server, str] = (Server.UNKNOWN, "")
+        self._may_start = False
+        self._was_connected = False
+        self._next_attempt = 0.0
+        self._work: list[Command] = []  # what waits for the server, in order
+        self._tries: dict[str, int] = {}
+        self._watched: set[str] = set()
+
+    def run(self) -> None:
+        while True:
+            try:
+                command = self.commands.get(timeout=None if self._source is None else 0.0 if self._client else POLL)
+            except queue.Empty:
+                command = None
+            if isinstance(command, Stop):
+                break
+            try:
+                self._take(command)
+                self._advance()
+            except Track4DError as error:
+                self._disconnect(error)
+            except Exception as error:  # noqa: BLE001 - a bug must reach the panel, and must not end the thread
+                log.exception("The client thread met an unexpected error")
+                self._disconnect(ServerError("client_failed", f"The connection to the server failed: {error!r}."))
+        self._close()
+
+    def _take(self, command: Command | None) -> None:
+        if isinstance(command, Attach):
+            if command.source != self._source:
+                self._close()
+                self._source, self._was_connected = command.source, False
+            self._may_start |= command.start
+            self._next_attempt = 0.0
+            self._announced = (Server.UNKNOWN, "")
+        elif isinstance(command, Cancel):
+            self._work = [item for item in self._work if getattr(item, "job_id", None) != command.job_id] + [command]
+            self._watched.discard(command.job_id)
+        elif command is not None:
+            self._work.append(command)
+
+    def _advance(self) -> None:
+        """One turn: find the server, hand it what waits, listen."""
+        if self._source is None:
+            return
+        if self._client is None:
+            if time.monotonic() < self._next_attempt:
+                return
+            self._connect(self._source)
+        assert self._client is not None
+        while self._work:
+            self._do(self._client, self._work[0])  # stays first in the list when the server is lost meanwhile
+            del self._work[0]
+        for job in self._client.poll(POLL):
+            self.events.put(JobChanged(job))
+
+    def _do(self, client: Client, command: Command) -> None:
+        try:
+            if isinstance(command, Submit):
+                job = client.submit(command.job_id, command.request)
+                self._watched.add(command.job_id)
+                client.watch(command.job_id)
+                self.events.put(JobChanged(job))
+            elif isinstance(command, Cancel):
+                client.cancel(command.job_id)
+            elif isinstance(command, Fetch):
+                self.events.put(ResultArrived(command.job_id, client.fetch(command.job_id)))
+                self._watched.discard(command.job_id)
+            elif isinstance(command, Forget):
+                client.forget(command.job_id)
+            elif isinstance(command, ListJobs):
+                self._list(client)
+        except Track4DError as error:
+            if error.code in AWAY and not self._give_up(command):
+                raise
+            if not isinstance(command, (Cancel, Forget)):  # those two leave nothing to do when the job is gone already
+                self._watched.discard(getattr(command, "job_id", ""))
+                self.events.put(JobFailed(getattr(command, "job_id", ""), error))
+
+    def _give_up(self, command: Command) -> bool:
+        """True when this request has broken the connection too often."""
+        if not isinstance(command, Submit):
+            return False
+        self._tries[command.job_id] = self._tries.get(command.job_id, 0) + 1
+        return self._tries[command.job_id] >= SUBMIT_TRIES
+
+    def _list(self, client: Client) -> None:
+        jobs = client.jobs()
+        for job in jobs:
+            if job.state.value in ("queued", "running"):
+                client.watch(job.id)
+        self.events.put(JobsListed(jobs))
+
+    def _connect(self, source: Source) -> None:
+        from track4d_protocol.client import Client
+
+        unfinished = bool(self._watched) or any(isinstance(item, Submit) for item in self._work)
+        start = source.connection_file is None and (self._may_start or (self._was_connected and unfinished))
+        self._announce(Server.STARTING if start else Server.LOST if self._was_connected else Server.CONNECTING)
+        connection = find_connection(source, start)
+        self._client = Client(connection, timeout=CLIENT_TIMEOUT)
+        hello = self._client.hello()
+        self._may_start, self._was_connected = False, True
+        self._announce(Server.CONNECTED, hello=hello)
+        self._list(self._client)
+        for job_id in sorted(self._watched):
+            self._watch(self._client, job_id)
+
+    def _watch(self, client: Client, job_id: str) -> None:
+        try:
+            self.events.put(JobChanged(client.watch(job_id)))
+        except Track4DError as error:
+            if error.code in AWAY:
+                raise
+            self._watched.discard(job_id)
+            self.events.put(JobFailed(job_id, error))
+
+    def _disconnect(self, error: Track4DError) -> None:
+        self._close()
+        self._may_start = False  # an attempt to start that failed is not repeated until somebody asks
+        self._next_attempt = time.monotonic() + RETRY
+        self._announce(Server.LOST if self._was_connected else Server.ABSENT, error=error)
+
+    def _announce(self, server: Server, hello: dict[str, Any] | None = None, error: Track4DError | None = None) -> None:
+        told = (server, error.code if error else "")
+        quiet = (
+            server in (Server.CONNECTING, Server.LOST)
+            and error is None
+            and self._announced[0] in (Server.ABSENT, Server.LOST)
+        )
+        if told != self._announced and not quiet:
+            self._announced = told
+            self.events.put(ServerChanged(server, hello, error))
+
+    def _close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+def find_connection(source: Source, start: bool) -> Connection:
+    """The address and keys of the server.
+
+    Raises:
+        TransportError: `server_not_running`, `server_python_missing`, `no_connection_file`,
+            `offline`, or what starting the server gives.
+    """
+    from track4d_protocol.keys import CONNECTION_FILE, default_home, read_connection
+
+    if source.connection_file is not None:
+        connection = read_connection(source.connection_file)
+        if not source.online and urlsplit(connection.address).hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise TransportError(
+                "offline",
+                f"The server {connection.address} is on another computer and Blender's online access is switched off.",
+                "Allow online access in Preferences > System, or reach the server through an SSH tunnel.",
+            )
+        return connection
+
+    home = source.home or default_home()
+    if start:
+        if not source.python:
+            raise TransportError(
+                "server_python_missing",
+                "Track4D doesn't know the Python in which its server is installed.",
+                "Install the server (pip install track4d) and choose its Python in the preferences.",
+            )
+        from track4d_protocol.local import ensure_server
+
+        return ensure_server(home, python=source.python)
+    try:
+        return read_connection(home / CONNECTION_FILE)
+    except TransportError as error:
+        if error.code != "no_connection_file":
+            raise
+        raise TransportError(
+            "server_not_running", "The Track4D server of this computer doesn't run.", "Start it."
+        ) from error

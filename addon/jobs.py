@@ -1,0 +1,395 @@
+"""Running jobs as Blender's main thread sees them.
+
+`tick` is the only function that runs on its own: a timer calls it, it takes what the client thread has to tell,
+photographs one more view, and asks for a redraw. `state` is what the panel draws. It lives in this module and not in
+Blender's data, so that nothing about a running job can be saved into a file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import uuid
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import bpy
+from track4d_protocol.errors import InputError, Track4DError, error_from_dict
+
+from . import client_thread as link
+from . import previews
+
+if TYPE_CHECKING:
+    from track4d_protocol.messages import Job, Request, Result
+
+log = logging.getLogger(__name__)
+
+APPLIED = "track4d_job"  # custom property of an object: the job whose motion it carries
+CAPTURE_TICK, BUSY_TICK, IDLE_TICK = 0.01, 0.1, 0.5  # seconds
+
+
+class Phase(str, Enum):
+    """What a job waits for."""
+
+    CAPTURING = "Photographing the object"
+    SENDING = "Sending"
+    QUEUED = "Waiting for its turn"
+    RUNNING = "Running"
+    FETCHING = "Fetching the result"
+
+
+@dataclass
+class ActiveJob:
+    """A job that the panel shows with a progress bar."""
+
+    id: str
+    prompt: str
+    objects: list[str]
+    uids: list[int] = field(
+        default_factory=list
+    )  # session-wide ids, which survive renaming and undo; empty for a job found on the server
+    phase: Phase = Phase.CAPTURING
+    stage: str = ""
+    step: int = 0
+    total: int = 0
+    seconds_left: float | None = None
+    queue_position: int = 0
+
+
+@dataclass
+class FinishedJob:
+    """A result that waits for the user's click."""
+
+    id: str
+    prompt: str
+    objects: list[str]
+    created: float = 0.0
+    result: Result | None = None  # when it is here already
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error as the panel shows it."""
+
+    code: str
+    message: str
+    action: str
+    job_id: str = ""
+
+
+@dataclass
+class State:
+    """Everything the panel draws."""
+
+    server: link.Server = link.Server.UNKNOWN
+    hello: dict[str, Any] | None = None
+    server_problem: Problem | None = None
+    active: dict[str, ActiveJob] = field(default_factory=dict)
+    finished: dict[str, FinishedJob] = field(default_factory=dict)
+    problem: Problem | None = None
+    warnings: list[Problem] = field(default_factory=list)  # of the last result that was applied
+    last_report: dict[str, Any] = field(default_factory=dict)
+
+
+state = State()
+_thread: link.ClientThread | None = None
+_captures: dict[str, Generator[Any, None, Request]] = {}
+_dropped: set[str] = set()  # jobs that the user cancelled or dismissed; late news of them is ignored
+
+
+# What the operators call
+
+
+def start(context: bpy.types.Context, objects: list[bpy.types.Object]) -> str:
+    """Begin an animation: photograph the objects view by view, then hand the request to the server.
+
+    Returns:
+        The id of the job.
+    """
+    from .capture import steps
+
+    settings = context.scene.track4d.to_message()
+    job = ActiveJob(uuid.uuid4().hex, settings.prompt, [o.name for o in objects], [o.session_uid for o in objects])
+    state.active[job.id] = job
+    state.problem, state.warnings = None, []
+    _captures[job.id] = steps(context, objects, settings)
+    attach(context, start=True)
+    return job.id
+
+
+def cancel(job_id: str) -> None:
+    """Stop a job. The panel is idle at once; the server is told as soon as it listens."""
+    job = state.active.pop(job_id, None)
+    if job is None:
+        return
+    _drop(job_id)
+    capture = _captures.pop(job_id, None)
+    if capture is not None:
+        capture.close()  # the capture removes its cameras and copies on the way out
+    elif _thread is not None:
+        _thread.commands.put(link.Cancel(job_id))
+
+
+def apply(context: bpy.types.Context, job_id: str) -> None:
+    """Put a finished job's motion onto its objects, after fetching it when it is still on the server.
+
+    Raises:
+        Track4DError: the objects are gone or have changed.
+    """
+    job = state.finished[job_id]
+    if job.result is not None:
+        _apply(job.id, named_objects(job.objects), job.result)
+        del state.finished[job_id]
+        return
+    del state.finished[job_id]
+    objects = named_objects(job.objects)
+    state.active[job_id] = ActiveJob(job_id, job.prompt, job.objects, [o.session_uid for o in objects], Phase.FETCHING)
+    attach(context)
+    assert _thread is not None
+    _thread.commands.put(link.Fetch(job_id))
+
+
+def dismiss(job_id: str) -> None:
+    """Remove a finished job from the list and from the server."""
+    if state.finished.pop(job_id, None) is not None:
+        _drop(job_id)
+        if _thread is not None:
+            _thread.commands.put(link.Forget(job_id))
+
+
+def attach(context: bpy.types.Context, start: bool = False) -> None:
+    """Look for the server that the preferences name; `start` this computer's one when it doesn't run."""
+    global _thread
+    from .preferences import preferences
+
+    source = preferences(context).source()
+    if _thread is None or not _thread.is_alive():
+        _thread = link.ClientThread()
+        _thread.start()
+        atexit.register(shut_down)
+    _thread.commands.put(link.Attach(source, start))
+    if not bpy.app.timers.is_registered(_timer):
+        bpy.app.timers.register(_timer, persistent=True)
+
+
+def wake(context: bpy.types.Context) -> None:
+    """Called by the panel when it is drawn: the first time, look for the server."""
+    if _thread is None:
+        attach(context)
+
+
+def shut_down() -> None:
+    """End the timer, the thread and every capture; the server keeps what it has."""
+    global _thread, state
+    atexit.unregister(shut_down)
+    if bpy.app.timers.is_registered(_timer):
+        bpy.app.timers.unregister(_timer)
+    for capture in _captures.values():
+        capture.close()
+    _captures.clear()
+    _dropped.clear()
+    if _thread is not None:
+        _thread.commands.put(link.Stop())
+        _thread.join(timeout=1.0)  # it may be starting a server; being a daemon, it ends with Blender in any case
+        _thread = None
+    previews.clear()
+    state = State()
+
+
+# What the timer does
+
+
+def _timer() -> float:
+    try:
+        return tick()
+    except Exception:  # noqa: BLE001 - Blender drops a timer that raises, and the panel would stay as it is for ever
+        log.exception("A timer tick failed")
+        return IDLE_TICK
+
+
+def tick() -> float:
+    """Take the news and photograph one view; returns after how many seconds to come back."""
+    changed = False
+    while _thread is not None:
+        try:
+            event = _thread.events.get_nowait()
+        except queue.Empty:
+            break
+        _take(event)
+        changed = True
+    if _captures:
+        _advance_capture()
+        changed = True
+    if changed:
+        _redraw()
+    return CAPTURE_TICK if _captures else BUSY_TICK if state.active else IDLE_TICK
+
+
+def _advance_capture() -> None:
+    job_id, capture = next(iter(_captures.items()))
+    job = state.active[job_id]
+    try:
+        job.step, job.total = next(capture)
+    except StopIteration as finished:
+        del _captures[job_id]
+        job.phase, job.step, job.total = Phase.SENDING, 0, 0
+        assert _thread is not None
+        _thread.commands.put(link.Submit(job_id, finished.value))
+    except Track4DError as error:
+        del _captures[job_id]
+        _fail(job_id, error)
+    except Exception as error:  # noqa: BLE001 - shown in the panel with everything that is known
+        log.exception("The capture of %s failed", ", ".join(job.objects))
+        del _captures[job_id]
+        _fail(
+            job_id,
+            InputError(
+                "capture_failed",
+                f"Photographing {', '.join(job.objects)} failed: {error!r}.",
+                "Copy the report and send it to the developers.",
+            ),
+        )
+
+
+def _take(event: link.Event) -> None:
+    if isinstance(event, link.ServerChanged):
+        state.server = event.server
+        state.hello = event.hello or state.hello
+        state.server_problem = _problem(event.error) if event.error else None
+    elif isinstance(event, link.JobChanged):
+        _update(event.job)
+    elif isinstance(event, link.JobsListed):
+        _offer(event.jobs)
+    elif isinstance(event, link.ResultArrived):
+        _receive(event.job_id, event.result)
+    elif isinstance(event, link.JobFailed):
+        _fail(event.job_id, event.error)
+
+
+def _update(news: Job) -> None:
+    """What the server says about one job."""
+    job = state.active.get(news.id)
+    if job is None:
+        return
+    if news.preview is not None:
+        previews.show(news.id, news.preview)
+    state_name = news.state.value
+    if state_name == "done":
+        _finish(job, news)
+    elif state_name == "failed":
+        _fail(job.id, error_from_dict(news.error or {}))
+    elif state_name == "cancelled":
+        _drop(job.id)
+        del state.active[job.id]
+    elif job.phase is not Phase.FETCHING:
+        job.phase = Phase.QUEUED if state_name == "queued" else Phase.RUNNING
+        job.stage, job.step, job.total = news.stage, news.step, news.total
+        job.seconds_left, job.queue_position = news.seconds_left, news.queue_position
+
+
+def _finish(job: ActiveJob, news: Job) -> None:
+    """A job of this session is fetched and applied; one that was found on the server is offered."""
+    if job.phase is Phase.FETCHING:
+        return
+    if not job.uids:
+        del state.active[job.id]
+        state.finished[job.id] = FinishedJob(job.id, job.prompt, job.objects, news.created)
+        return
+    job.phase = Phase.FETCHING
+    assert _thread is not None
+    _thread.commands.put(link.Fetch(job.id))
+
+
+def _offer(jobs: list[Job]) -> None:
+    """The server's list, after connecting: what went on or ended while nobody watched."""
+    applied = {o.get(APPLIED) for o in bpy.data.objects}
+    for news in sorted(jobs, key=lambda job: -job.created):
+        if news.id in state.active:
+            _update(news)
+        elif news.id in _dropped or news.id in state.finished or news.id in applied:
+            continue
+        elif news.state.value == "done":
+            state.finished[news.id] = FinishedJob(news.id, news.prompt, list(news.objects), news.created)
+        elif not news.state.final:
+            state.active[news.id] = ActiveJob(news.id, news.prompt, list(news.objects))
+            _update(news)
+
+
+def _receive(job_id: str, result: Result) -> None:
+    """Apply a result when its objects are as they were, else keep it for the user's click."""
+    job = state.active.pop(job_id, None)
+    previews.drop(job_id)
+    if job is None:
+        return
+    by_uid = {o.session_uid: o for o in bpy.data.objects}
+    objects = [by_uid[uid] for uid in job.uids if uid in by_uid]
+    if len(objects) == len(job.uids) and all(o.mode == "OBJECT" for o in objects):
+        try:
+            _apply(job_id, objects, result)
+            return
+        except Track4DError as error:
+            state.problem = _problem(error, job_id)
+    state.finished[job_id] = FinishedJob(job_id, job.prompt, job.objects, result=result)
+
+
+def _apply(job_id: str, objects: list[bpy.types.Object], result: Result) -> None:
+    from .apply import shape_keys
+
+    shape_keys(objects, result, frame_start=objects[0].users_scene[0].frame_start if objects[0].users_scene else 1)
+    for obj in objects:
+        obj[APPLIED] = job_id
+    state.last_report = result.report
+    state.warnings = [
+        Problem(str(w.get("code", "")), str(w.get("message", "")), str(w.get("action", "")), job_id)
+        for w in result.report.get("warnings", [])
+    ]
+    _push_undo("Track4D animation")
+
+
+def _fail(job_id: str, error: Track4DError) -> None:
+    state.active.pop(job_id, None)
+    previews.drop(job_id)
+    state.problem = _problem(error, job_id)
+
+
+def _drop(job_id: str) -> None:
+    _dropped.add(job_id)
+    previews.drop(job_id)
+
+
+def _problem(error: Track4DError, job_id: str = "") -> Problem:
+    return Problem(error.code, error.message, error.action, job_id)
+
+
+def named_objects(names: list[str]) -> list[bpy.types.Object]:
+    """The objects of a result by name.
+
+    Raises:
+        InputError: `objects_missing`, one of them is not in this file.
+    """
+    missing = [name for name in names if name not in bpy.data.objects]
+    if missing:
+        raise InputError(
+            "objects_missing",
+            f"This file has no object called '{missing[0]}'.",
+            "Open the file that the animation was made in.",
+        )
+    return [bpy.data.objects[name] for name in names]
+
+
+def _push_undo(message: str) -> None:
+    """A timer's changes are not undoable by themselves."""
+    windows = bpy.context.window_manager.windows
+    if not bpy.app.background and len(windows):
+        with bpy.context.temp_override(window=windows[0]):
+            bpy.ops.ed.undo_push(message=message)
+
+
+def _redraw() -> None:
+    for window in bpy.context.window_manager.windows:
+        for area in window.screen.areas:
+            if area.type in ("VIEW_3D", "PREFERENCES"):
+                area.tag_redraw()

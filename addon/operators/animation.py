@@ -1,0 +1,80 @@
+"""Animate the selected objects, stop it, and take the animation away again."""
+
+from __future__ import annotations
+
+import bpy
+from track4d_protocol.errors import Track4DError
+
+from .. import jobs
+
+
+class TRACK4D_OT_animate(bpy.types.Operator):
+    bl_idname = "track4d.animate"
+    bl_label = "Animate"
+    bl_description = "Animate the selected meshes as the prompt says; Blender stays free meanwhile"
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        if context.mode != "OBJECT":
+            cls.poll_message_set("Leave edit mode first")
+            return False
+        if not any(o.type == "MESH" for o in context.selected_objects):
+            cls.poll_message_set("Select a mesh first")
+            return False
+        return True
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        if not context.scene.track4d.prompt.strip():
+            self.report({"WARNING"}, 'Say in the prompt what happens, for example "the fox is running"')
+            return {"CANCELLED"}
+        try:
+            jobs.start(context, [o for o in context.selected_objects if o.type == "MESH"])
+        except Track4DError as error:
+            self.report({"WARNING"}, f"{error.message} {error.action}")
+            return {"CANCELLED"}
+        return {"FINISHED"}
+
+
+class TRACK4D_OT_cancel(bpy.types.Operator):
+    bl_idname = "track4d.cancel"
+    bl_label = "Cancel"
+    bl_description = "Stop this animation; the scene stays as it is"
+
+    job_id: bpy.props.StringProperty(options={"SKIP_SAVE"})
+
+    def execute(self, _context: bpy.types.Context) -> set[str]:
+        jobs.cancel(self.job_id)
+        return {"FINISHED"}
+
+
+class TRACK4D_OT_remove_animation(bpy.types.Operator):
+    bl_idname = "track4d.remove_animation"
+    bl_label = "Remove Animation"
+    bl_description = "Take Track4D's animation off the selected objects, which stand as before"
+    bl_options = {"REGISTER", "UNDO"}
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        if not any(jobs.APPLIED in o for o in context.selected_objects):
+            cls.poll_message_set("Select an object that Track4D has animated")
+            return False
+        return True
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        for obj in context.selected_objects:
+            if jobs.APPLIED in obj:
+                jobs.remove(obj)
+        return {"FINISHED"}
+
+
+CLASSES = (TRACK4D_OT_animate, TRACK4D_OT_cancel, TRACK4D_OT_remove_animation)
+
+
+def register() -> None:
+    for cls in CLASSES:
+        bpy.utils.register_class(cls)
+
+
+def unregister() -> None:
+    for cls in reversed(CLASSES):
+        bpy.utils.unregister_class(cls)

@@ -1,0 +1,182 @@
+"""Build the Blender extension: `python tools/build_extension.py` writes dist/track4d-<version>.zip.
+
+The wheels named in blender_manifest.toml are downloaded once into build/wheels, so that later builds need no network;
+the one of `track4d_protocol` is built from protocol/. The package is staged in build/stage, then built and validated by
+Blender's own tool, which is plain Python inside the `bpy` wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+WHEELS = ROOT / "build" / "wheels"
+STAGE = ROOT / "build" / "stage"
+DIST = ROOT / "dist"
+PROTOCOL = "track4d_protocol"
+
+
+class Wheel(NamedTuple):
+    """The parts of a wheel's file name (PEP 427)."""
+
+    name: str
+    version: str
+    python: str
+    abi: str
+    platform: str
+
+    @classmethod
+    def parse(cls, filename: str) -> Wheel:
+        return cls(*Path(filename).stem.split("-"))
+
+    @property
+    def filename(self) -> str:
+        return "-".join(self) + ".whl"
+
+
+def blender_tool() -> Path:
+    """Path of Blender's `blender_ext.py`, found inside the installed bpy without importing it."""
+    spec = find_spec("bpy")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("The package bpy is missing. Install it with: pip install 'track4d[blender]'")
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*/scripts/addons_core/bl_pkg/cli/blender_ext.py"))
+    if not found:
+        raise SystemExit("This bpy carries no blender_ext.py; it needs to be 4.2 or later.")
+    return found[-1]
+
+
+def manifest_wheels(manifest: str) -> list[Wheel]:
+    """The wheels that a manifest's text lists, in its order."""
+    return [Wheel.parse(path) for path in tomllib.loads(manifest)["wheels"]]
+
+
+def with_python(wheels: list[Wheel], python: str) -> list[Wheel]:
+    """The wheels that another CPython ("3.14") needs beside those listed: of packages without a stable ABI."""
+    tag = "cp" + python.replace(".", "")
+    newest = {(w.name, w.platform): w for w in wheels if w.python == w.abi}
+    stable = {w.name for w in wheels if w.abi == "abi3"}
+    added = [w._replace(python=tag, abi=tag) for w in newest.values() if w.name not in stable]
+    return [w for w in added if w not in wheels]
+
+
+def download(wheel: Wheel) -> None:
+    """Bring one wheel into build/wheels unless it is there."""
+    if (WHEELS / wheel.filename).exists():
+        return
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
+    command += [
+        "--implementation",
+        "cp",
+        "--python-version",
+        re.sub(r"cp(\d)(\d+)", r"\1.\2", wheel.python),
+        "--abi",
+        wheel.abi,
+    ]
+    command += [option for tag in wheel.platform.split(".") for option in ("--platform", tag)]
+    subprocess.run([*command, "--dest", str(WHEELS), f"{wheel.name}=={wheel.version}"], check=True)
+    if not (WHEELS / wheel.filename).exists():
+        raise SystemExit(
+            f"The package index offers no {wheel.filename}; put it into {WHEELS} or change blender_manifest.toml."
+        )
+
+
+def build_protocol(wheel: Wheel) -> None:
+    """Build the wheel of `track4d_protocol` from a copy, so that no build files land in protocol/."""
+    source = ROOT / "build" / "protocol"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(ROOT / "protocol", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
+    for old in WHEELS.glob(f"{PROTOCOL}-*.whl"):
+        old.unlink()
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    subprocess.run([*command, "--no-index", "--wheel-dir", str(WHEELS), str(source)], check=True)
+    if not (WHEELS / wheel.filename).exists():
+        built = next(WHEELS.glob(f"{PROTOCOL}-*.whl")).name
+        raise SystemExit(
+            f"protocol/ gives {built} but blender_manifest.toml lists {wheel.filename}; make the versions agree."
+        )
+
+
+def stage(manifest: str, wheels: list[Wheel]) -> None:
+    """Lay the extension out in build/stage as it will be inside the zip."""
+    shutil.rmtree(STAGE, ignore_errors=True)
+    shutil.copytree(ROOT / "addon", STAGE, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copy(ROOT / "LICENSE", STAGE)
+    (STAGE / "wheels").mkdir()
+    for wheel in wheels:
+        shutil.copy(WHEELS / wheel.filename, STAGE / "wheels")
+    listed = "".join(f'  "./wheels/{wheel.filename}",\n' for wheel in wheels)
+    (STAGE / "blender_manifest.toml").write_text(
+        re.sub(r"(?ms)^wheels = \[.*?^\]", f"wheels = [\n{listed}]", manifest), "utf-8"
+    )
+
+
+def build(extra_pythons: list[str] | None = None) -> Path:
+    """
+    Args:
+        extra_pythons: further Python versions to carry wheels for, as "3.14".
+
+    Returns:
+        Path of the zip, validated by Blender's tool.
+    """
+    manifest = (ROOT / "blender_manifest.toml").read_text("utf-8")
+    wheels = manifest_wheels(manifest)
+    for python in extra_pythons or []:
+        wheels += with_python(wheels, python)
+    WHEELS.mkdir(parents=True, exist_ok=True)
+    for wheel in wheels:
+        build_protocol(wheel) if wheel.name == PROTOCOL else download(wheel)
+    stage(manifest, wheels)
+
+    DIST.mkdir(exist_ok=True)
+    archive = DIST / f"track4d-{tomllib.loads(manifest)['version']}.zip"
+    tool = [sys.executable, str(blender_tool())]
+    for command in (
+        ["build", "--source-dir", str(STAGE), "--output-filepath", str(archive)],
+        ["validate", str(archive)],
+    ):
+        done = subprocess.run([*tool, *command], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(
+                f"Blender's extension tool refused to {command[0]} the extension:\n{done.stdout}{done.stderr}"
+            )
+    return archive
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--python", action="append", metavar="3.14", help="carry wheels for this Python too (repeatable)"
+    )
+    archive = build(parser.parse_args().python)
+    print(f"{archive}  {archive.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
