@@ -1,0 +1,1 @@
+"""Gaussians on a mesh's surface, and their pictures."""

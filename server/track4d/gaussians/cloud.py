@@ -1,0 +1,134 @@
+"""Gaussians that are tied to a mesh's surface and move with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..geometry.mesh import Mesh, weld
+
+RADIUS = 0.6  # standard deviation within the surface, in spacings: neighbouring discs overlap without blurring the texture
+THICKNESS = 0.06  # standard deviation across the surface, in spacings
+OPACITY = 0.95
+
+
+@dataclass
+class Cloud:
+    """Gaussians on the surface of a mesh; float32, indices int64.
+
+    Attributes:
+        triangles: [G] the triangle each Gaussian lies on.
+        barycentric: [G, 3] where on the triangle.
+        scales: [G, 3] standard deviations along the triangle's first edge, across it, and along its normal.
+        opacities: [G] in 0..1.
+        colors: [G, 3] sRGB in 0..1.
+    """
+
+    triangles: Tensor
+    barycentric: Tensor
+    scales: Tensor
+    opacities: Tensor
+    colors: Tensor
+
+    def __len__(self) -> int:
+        return len(self.triangles)
+
+    def to(self, device: torch.device | str) -> Cloud:
+        """The same cloud on another device."""
+        return Cloud(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def pose(self, faces: np.ndarray | Tensor, vertices: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the Gaussians are when the mesh has these vertices.
+
+        Args:
+            faces: [T, 3] vertex indices.
+            vertices: [F, N, 3].
+
+        Returns:
+            means [F, G, 3], differentiable, and quats [F, G, 4] wxyz, which follow the triangles without a gradient.
+        """
+        corner_indices = torch.as_tensor(faces, device=vertices.device)[self.triangles].long().reshape(-1)  # [3 G]
+        corners = vertices.index_select(1, corner_indices).unflatten(1, (-1, 3))  # [F, G, 3, 3]
+        means = (corners * self.barycentric[..., None]).sum(2)  # [F, G, 3]
+        return means, triangle_quats(corners.detach())
+
+
+def triangle_quats(corners: Tensor) -> Tensor:
+    """Orientations of triangles: +x turned onto the first edge, +z onto the normal.
+
+    Args:
+        corners: [..., 3, 3], corner then coordinate.
+
+    Returns:
+        [..., 4] unit quaternions wxyz; the identity for a triangle without area.
+    """
+    edge, other = corners[..., 1, :] - corners[..., 0, :], corners[..., 2, :] - corners[..., 0, :]
+    normal = torch.linalg.cross(edge, other)
+    flat = normal.square().sum(-1, keepdim=True) < 1e-24  # [..., 1]
+    x = torch.nn.functional.normalize(torch.where(flat, edge.new_tensor([1.0, 0, 0]), edge), dim=-1)
+    z = torch.nn.functional.normalize(torch.where(flat, edge.new_tensor([0, 0, 1.0]), normal), dim=-1)
+    y = torch.linalg.cross(z, x)
+    # The rotation matrix has the columns x, y, z. Each row below is the quaternion times one of its own entries (4 w q, 4 x q,
+    # ...); the one with the largest factor is far from 0 / 0.
+    (x0, x1, x2), (y0, y1, y2), (z0, z1, z2) = x.unbind(-1), y.unbind(-1), z.unbind(-1)
+    rows = [1 + x0 + y1 + z2, y2 - z1, z0 - x2, x1 - y0,
+            y2 - z1, 1 + x0 - y1 - z2, x1 + y0, z0 + x2,
+            z0 - x2, x1 + y0, 1 - x0 + y1 - z2, y2 + z1,
+            x1 - y0, z0 + x2, y2 + z1, 1 - x0 - y1 + z2]
+    candidates = torch.stack(rows, -1).unflatten(-1, (4, 4))  # [..., 4, 4]
+    best = candidates.diagonal(dim1=-2, dim2=-1).argmax(-1)  # [...]
+    chosen = candidates.take_along_dim(best[..., None, None], dim=-2).squeeze(-2)  # [..., 4]
+    return torch.nn.functional.normalize(chosen, dim=-1)
+
+
+def seed_cloud(mesh: Mesh, count: int, generator: torch.Generator) -> Cloud:
+    """Covers a mesh with flat discs: one on each vertex, the rest spread evenly over the surface.
+
+    Vertices get at most half of the Gaussians (a random choice where there are more of them).
+
+    Args:
+        mesh: with some area.
+        count: number of Gaussians.
+        generator: source of the random places.
+
+    Returns:
+        a cloud of `count` Gaussians with the colours of the mesh's texture.
+    """
+    faces = torch.from_numpy(mesh.faces).long()  # [T, 3]
+    corners = torch.from_numpy(mesh.vertices)[faces].double()  # [T, 3, 3]
+    areas = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]).norm(dim=-1) / 2  # [T]
+    vertex_triangles, vertex_weights = _vertex_samples(mesh, areas.numpy())
+    keep = torch.randperm(len(vertex_triangles), generator=generator)[: count // 2]
+    triangles, weights = _area_samples(areas, count - len(keep), generator)
+    triangles = torch.cat([vertex_triangles[keep], triangles])  # [G]
+    weights = torch.cat([vertex_weights[keep], weights])  # [G, 3]
+
+    uvs = (weights[..., None].numpy() * mesh.uvs[triangles.numpy()]).sum(1)  # [G, 2]
+    colors = torch.from_numpy(mesh.corner_colors(uvs, triangles.numpy())).clamp(0, 1)  # [G, 3]
+    spacing = float((areas.sum() / count).sqrt())
+    scales = torch.tensor([RADIUS, RADIUS, THICKNESS]).mul(spacing).repeat(count, 1)  # [G, 3]
+    return Cloud(triangles, weights, scales, torch.full((count,), OPACITY), colors)
+
+
+def _vertex_samples(mesh: Mesh, areas: np.ndarray) -> tuple[Tensor, Tensor]:
+    """For each place that has a vertex with a surface: its largest triangle [M], and the corner as weights [M, 3]."""
+    _, place = weld(mesh.vertices)  # [N]
+    corner_order = np.argsort(np.repeat(areas, 3), kind="stable")  # [3 T], small triangles first
+    corner_order = corner_order[np.repeat(areas, 3)[corner_order] > 0]
+    corner_of_place = np.full(place.max() + 1, -1)
+    corner_of_place[place[mesh.faces.reshape(-1)[corner_order]]] = corner_order  # the last one written is the largest
+    chosen = corner_of_place[corner_of_place >= 0]
+    return torch.from_numpy(chosen // 3), torch.eye(3)[torch.from_numpy(chosen % 3)]
+
+
+def _area_samples(areas: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Triangles [count] in proportion to their areas [T], stratified, and uniform places on them [count, 3]."""
+    cumulative = areas.cumsum(0) / areas.sum()
+    at = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+    triangles = torch.searchsorted(cumulative, at).clamp(max=len(areas) - 1)
+    uv = torch.rand(count, 2, generator=generator)
+    uv = torch.where(uv.sum(1, keepdim=True) > 1, 1 - uv, uv)
+    return triangles, torch.cat([1 - uv.sum(1, keepdim=True), uv], 1)
