@@ -1,0 +1,1 @@
+"""Stage Two: the motion of the mesh from a multi-view video."""

@@ -1,0 +1,182 @@
+"""A mesh and a multi-view video of it in, its motion out (Stage Two)."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from track4d_protocol.errors import InputError
+
+from ..geometry import zbuffer
+from ..geometry.mesh import Mesh, check_mesh, weld
+from ..progress import Report, silent
+from .appearance import estimate_shading
+from .field import MotionField
+from .footage import Footage, read_footage
+from .nodes import build_nodes
+from .register import Look, Places, Pose, Registration
+
+LEAST_OVERLAP = 0.7  # intersection over union of the silhouettes in frame 0
+LEAST_PSNR = 12.0  # dB on the object in frame 0
+
+
+@dataclass(frozen=True)
+class FitPreset:
+    """How much work the fit does.
+
+    Attributes:
+        nodes: control nodes on the surface.
+        points: surface points that are matched.
+        rounds: stiffness factor of each round of a frame; outlier tolerance falls with it.
+        stiffness: weight of the as-rigid-as-possible energy at factor 1.
+        steps: Gauss-Newton steps per round.
+        track_rounds, track_stiffness: the same where 3D tracks say where the surface goes.
+    """
+
+    nodes: int = 200
+    points: int = 1650
+    rounds: tuple[float, ...] = (30, 10, 3, 1, 1)
+    stiffness: float = 20.0
+    steps: int = 2
+    track_rounds: tuple[float, ...] = (3, 1)
+    track_stiffness: float = 200.0
+
+
+DEFAULT = FitPreset()
+FAST = FitPreset(nodes=120, rounds=(10, 3, 1), track_rounds=(1,))
+
+
+@dataclass(frozen=True)
+class Tracks3D:
+    """Where each vertex goes according to the video generator.
+
+    Attributes:
+        positions: [F, N, 3] float32, canonical.
+        confidence: [N] or [F, N] in 0..1; 0 = unknown.
+    """
+
+    positions: np.ndarray
+    confidence: np.ndarray
+
+
+def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, shading: np.ndarray | None = None,
+               tracks: Tracks3D | None = None, preset: FitPreset = DEFAULT, seed: int = 0, report: Report = silent) -> MotionField:
+    """Finds the motion of a mesh in a multi-view video.
+
+    Args:
+        mesh: canonical, textured, in the pose of frame 0.
+        video: [V, F, H, W, 3 or 4] uint8 sRGB, straight alpha, or on a plain background without alpha.
+        viewmats: [V, 4, 4] world-to-camera; Ks: [V, 3, 3] in pixels of the video.
+        shading: [N, 3] factor on the texture; estimated from frame 0 where not given.
+        tracks: where the vertices go, where that is known.
+        preset: how much work to do.
+        seed: of the surface points that are matched.
+        report: called at least once per frame with "fit"; may raise `Cancelled`.
+
+    Returns:
+        The motion at the video's frames; frame 0 is the mesh as given.
+
+    Raises:
+        InputError: a mesh without surface, a video that does not fit the cameras, has no mask or does not show the mesh.
+    """
+    check_mesh(mesh.vertices, mesh.faces)
+    footage = read_footage(video, viewmats, Ks)
+    total = max(1, (footage.frames - 1) * len(preset.rounds if tracks is None else preset.track_rounds))
+    report("fit", 0, total)
+    if shading is None:
+        shading = estimate_shading(mesh, footage.straight_views(), footage.viewmats, footage.Ks)
+    _check_first_frame(mesh, footage, shading)
+    report("fit", 0, total)
+
+    first, welded = weld(mesh.vertices)
+    surface = Mesh(mesh.vertices[first], welded[mesh.faces])
+    edges = surface.edges()
+    edges = edges[edges[:, 0] != edges[:, 1]]
+    nodes = build_nodes(surface.vertices, surface.vertex_normals(), edges, preset.nodes)
+    stiffness = preset.stiffness if tracks is None else preset.track_stiffness
+    registration = Registration(mesh, welded, nodes, footage, shading, preset.points, stiffness, preset.steps, seed)
+    places = None if tracks is None else _sample_tracks(registration, tracks, footage.frames, len(mesh.vertices))
+
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # the two starts run side by side; threads inside of OpenCV would only fight with them
+    try:
+        return _follow(registration, preset.rounds if tracks is None else preset.track_rounds, places, total, report)
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _follow(registration: Registration, rounds: tuple[float, ...], places: Places | None, total: int, report: Report) -> MotionField:
+    """Fits one frame after the other, each from the extrapolated motion."""
+    footage, mesh = registration.footage, registration.mesh
+    pose = before = Pose.at_rest(registration.nodes)
+    look = registration.look(pose)
+    vertices = np.empty((footage.frames, *mesh.vertices.shape), np.float32)
+    vertices[0] = mesh.vertices
+    views = np.zeros(vertices.shape[:2], np.int64)
+    views[0] = registration.evidence(pose, look, 0)
+    done = 0
+    with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
+        for frame in range(1, footage.frames):
+            guess = pose.extrapolated(before)
+            starts = [registration.warm_start(guess, frame, None if places is not None else look, places)]
+            if frame > 1 and places is None:
+                starts.append(guess)
+            for rigidity in rounds:
+                starts = list(pool.map(lambda start: registration.refine(start, frame, rigidity, places), starts))  # noqa: B023
+                done += 1
+                report("fit", done, total, _preview(look))
+            looks = [registration.look(start) for start in starts]
+            best = int(np.argmin([registration.cost(one, frame) for one in looks]))
+            before, pose, look = pose, starts[best], looks[best]
+            vertices[frame] = registration.vertices(pose)
+            views[frame] = registration.evidence(pose, look, frame)
+    return MotionField(vertices, (1 - 0.5**views).astype(np.float32))
+
+
+def _preview(look: Look) -> np.ndarray:
+    return (look.colors[0] * 255 + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def _sample_tracks(registration: Registration, tracks: Tracks3D, frames: int, count: int) -> Places:
+    """The tracks at the surface points.
+
+    Raises:
+        InputError: the tracks don't have the video's frames or the mesh's vertices.
+    """
+    positions, confidence = np.asarray(tracks.positions, np.float64), np.asarray(tracks.confidence, np.float64)
+    if positions.shape != (frames, count, 3) or confidence.shape not in ((count,), (frames, count)):
+        raise InputError("bad_tracks", f"The tracks are {list(positions.shape)} with confidence {list(confidence.shape)}, "
+                         f"the video has {frames} frames and the mesh {count} vertices.",
+                         "Give positions [frames, vertices, 3] and confidence [vertices] or [frames, vertices].")
+    confidence = np.broadcast_to(confidence, (frames, count))
+    corners = positions[:, registration.corners]  # [F, P, 3, 3]
+    known = np.isfinite(corners).all((2, 3))
+    weights = np.where(known, confidence[:, registration.corners].min(2).clip(0, 1), 0)
+    return Places(np.einsum("pk,fpkx->fpx", registration.barycentric, np.nan_to_num(corners)), weights)
+
+
+def _check_first_frame(mesh: Mesh, footage: Footage, shading: np.ndarray) -> None:
+    """Raises:
+        InputError: frame 0 of the video does not show the mesh.
+    """
+    rgba = zbuffer.render(mesh, mesh.vertices[None], footage.viewmats, footage.Ks, footage.size, 2, shading)[0]
+    drawn = rgba[..., 3] > 0.5
+    masks = footage.masks[:, 0]
+    if not drawn.any():
+        raise InputError("video_mismatch", "None of the video's cameras sees the mesh.",
+                         "Give the cameras that the video was made with, in the mesh's space.")
+    for v in range(footage.views):
+        if drawn[v].any() and not masks[v].any():
+            raise InputError("empty_view", f"View {v} of the video shows nothing in frame 0.",
+                             "Render that view again, or leave it and its camera out.")
+    overlap = (drawn & masks).sum() / max((drawn | masks).sum(), 1)
+    both = drawn & masks
+    colors = zbuffer.over(rgba, 0.0)[both] * 255 - footage.colors[:, 0][both]
+    psnr = 10 * np.log10(255**2 / max(float((colors**2).mean()), 1e-3)) if both.any() else 0.0
+    if overlap < LEAST_OVERLAP or psnr < LEAST_PSNR:
+        raise InputError("video_mismatch", f"Frame 0 of the video does not show this mesh: the silhouettes overlap by {overlap:.0%}, "
+                         f"and the colours agree to {psnr:.1f} dB (at least {LEAST_OVERLAP:.0%} and {LEAST_PSNR:.0f} dB are needed).",
+                         "Use the video that was made from this mesh with these cameras, and give the mesh its pose of frame 0.")

@@ -1,0 +1,121 @@
+"""The user's multi-view video, checked and brought to the size the registration works at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from track4d_protocol.errors import InputError
+from track4d_protocol.space import BACKGROUND
+
+from ..geometry.zbuffer import scale_intrinsics
+from ..tracking.flow import to_grey
+
+WORKING_SIZE = 256  # pixels; larger pictures are reduced to it
+SMALLEST_SIZE = 32
+PLAIN = 12  # how far a colour (0..255) may be from the background's and still belong to it
+
+
+@dataclass(frozen=True)
+class Footage:
+    """A multi-view video ready to be registered.
+
+    Attributes:
+        colors: [V, F, S, S, 3] uint8 sRGB on plain grey.
+        grey: [V, F, S, S] uint8.
+        masks: [V, F, S, S] bool, where the object is.
+        viewmats: [V, 4, 4] float64 world-to-camera.
+        Ks: [V, 3, 3] float64 in pixels of these pictures.
+    """
+
+    colors: np.ndarray
+    grey: np.ndarray
+    masks: np.ndarray
+    viewmats: np.ndarray
+    Ks: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return self.colors.shape[2]
+
+    @property
+    def views(self) -> int:
+        return len(self.colors)
+
+    @property
+    def frames(self) -> int:
+        return self.colors.shape[1]
+
+    @property
+    def unit(self) -> float:
+        """Pixels of these pictures per pixel of a 256-pixel picture; every tolerance is written in the latter."""
+        return self.size / 256
+
+    def straight_views(self) -> np.ndarray:
+        """Frame 0 as straight-alpha pictures; [V, S, S, 4] uint8."""
+        return np.concatenate([self.colors[:, 0], self.masks[:, 0, :, :, None].astype(np.uint8) * 255], -1)
+
+
+def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> Footage:
+    """Checks a video and its cameras and separates the object from the background.
+
+    Args:
+        video: [V, F, H, W, 3 or 4] uint8 sRGB, straight alpha. Without alpha the background must be plain.
+        viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of the video.
+
+    Raises:
+        InputError: wrong shape or type, pictures that are not square or too small, cameras that don't fit the video, or a
+            background that can't be told from the object.
+    """
+    video, viewmats, Ks = np.asarray(video), np.asarray(viewmats, np.float64), np.asarray(Ks, np.float64)
+    if video.ndim != 5 or video.shape[-1] not in (3, 4) or video.dtype != np.uint8 or 0 in video.shape:
+        raise InputError("bad_video", f"The video is {video.dtype} {list(video.shape)}.",
+                         "Give uint8 pictures [views, frames, height, width, 3 or 4].")
+    views, frames, height, width, channels = video.shape
+    if height != width or height < SMALLEST_SIZE:
+        raise InputError("bad_video_size", f"The video's pictures are {width} x {height} pixels.",
+                         f"Give square pictures of at least {SMALLEST_SIZE} pixels; {WORKING_SIZE} is best.")
+    if viewmats.shape != (views, 4, 4) or Ks.shape != (views, 3, 3):
+        raise InputError("bad_cameras", f"The video has {views} views, the cameras are {list(viewmats.shape)} and {list(Ks.shape)}.",
+                         "Give one 4x4 world-to-camera and one 3x3 pinhole matrix per view.")
+    if not (np.isfinite(viewmats).all() and np.isfinite(Ks).all()):
+        raise InputError("bad_cameras", "A camera matrix has numbers that are not finite.", "Check the cameras of the video.")
+
+    size = min(height, WORKING_SIZE)
+    colors = np.empty((views, frames, size, size, 3), np.uint8)
+    masks = np.empty((views, frames, size, size), bool)
+    transparent = channels == 4 and bool((video[..., 3] < 255).any())
+    for v in range(views):
+        background = None if transparent else _plain_background(video[v, :, :, :, :3], v)
+        for f in range(frames):
+            picture = video[v, f]
+            if transparent:
+                alpha = picture[..., 3].astype(np.float32) / 255
+                color = picture[..., :3] * alpha[..., None] + (1 - alpha[..., None]) * BACKGROUND * 255
+            else:
+                color = picture[..., :3].astype(np.float32)
+                alpha = (np.abs(color - background).max(-1) > PLAIN).astype(np.float32)
+            if height != size:
+                color, alpha = (cv2.resize(p, (size, size), interpolation=cv2.INTER_AREA) for p in (color, alpha))
+            colors[v, f] = (color + 0.5).clip(0, 255)
+            masks[v, f] = alpha > 0.5
+    grey = np.stack([np.stack([to_grey(picture) for picture in view]) for view in colors])
+    return Footage(colors, grey, masks, viewmats, scale_intrinsics(Ks, size / height).astype(np.float64))
+
+
+def _plain_background(view: np.ndarray, index: int) -> np.ndarray:
+    """The colour [3] of a plain background, from the picture's border in all frames of a view [F, H, W, 3].
+
+    Raises:
+        InputError: most of the border has other colours.
+    """
+    border = np.concatenate([view[:, :2].reshape(-1, 3), view[:, -2:].reshape(-1, 3),
+                             view[:, :, :2].reshape(-1, 3), view[:, :, -2:].reshape(-1, 3)]).astype(np.float32)
+    color = np.median(border, axis=0)
+    plain = float((np.abs(border - color).max(-1) <= PLAIN).mean())
+    if plain < 0.6:
+        raise InputError("no_mask", f"View {index} of the video has no transparency and no plain background "
+                         f"(only {plain:.0%} of its border has one colour).",
+                         "Give pictures with an alpha channel, or on a plain background.")
+    return color

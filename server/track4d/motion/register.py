@@ -1,0 +1,321 @@
+"""Sequential Gauss-Newton registration of a mesh to a multi-view video.
+
+Frame by frame: render the present estimate, match the render with the video by optical flow, pull the silhouette to the object's
+mask, and move the control nodes so that the surface follows while staying as rigid as possible. The stiffness and the tolerance
+for outliers fall from round to round. Every tolerance is in pixels of a 256-pixel picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.ndimage import distance_transform_edt
+from scipy.sparse.csgraph import reverse_cuthill_mckee
+from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
+from track4d_protocol.space import BACKGROUND
+
+from ..geometry import zbuffer
+from ..geometry.mesh import Mesh
+from ..tracking.flow import bilinear, match_points, to_grey
+from .equations import add_edges, add_pixels, add_places, add_points, solve_band
+from .footage import Footage
+from .nodes import ControlNodes
+
+FLOW_SCALE = 4.0  # pixels: the final Geman-McClure scale of matches
+NO_OUTLIERS = 1e6  # pixels: a scale at which every target counts fully
+COVER_SCALE = 12.0  # pixels: of pulls onto mask pixels that nothing covers
+COVER_REACH = 25.0  # pixels
+SILHOUETTE_WEIGHT = 0.5
+BORDER = 4.0  # pixels at the picture's edge where the silhouette says nothing: the object may go on outside
+FLOW_TOLERANCE = 1.0  # pixels, forward-backward
+WARM_UP = ((30.0, 12.0), (10.0, 6.0), (3.0, 3.0))  # stiffness and outlier scale when tracks or flow give a start
+EXTRAPOLATION = 0.7  # share of the last motion that is expected to go on
+LARGEST_TURN = 1.0  # radians per step
+HIDDEN = 0.03  # a point this far behind the surface is hidden, canonical units
+PIXELS_PER_UNIT = 117.0  # of a 256-pixel picture at the orbit cameras' distance: brings places in space to pixels
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where the nodes are: rotations [K, 3, 3] and positions [K, 3], float64."""
+
+    rotations: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def at_rest(cls, nodes: ControlNodes) -> Pose:
+        return cls(np.tile(np.eye(3), (len(nodes.rest), 1, 1)), nodes.rest.copy())
+
+    def extrapolated(self, before: Pose) -> Pose:
+        """The pose after this one if part of the motion since `before` goes on."""
+        turn = Rotation.from_matrix(self.rotations @ before.rotations.transpose(0, 2, 1)).as_rotvec() * EXTRAPOLATION
+        return Pose(Rotation.from_rotvec(turn).as_matrix() @ self.rotations,
+                    self.positions + EXTRAPOLATION * (self.positions - before.positions))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the cameras see of a pose.
+
+    Attributes:
+        colors: [V, S, S, 3] float32 sRGB on grey; alpha: [V, S, S].
+        inverse_depth: [V, S, S].
+        uv: [V, P, 2] float32 pixel positions of the surface points; visible: [V, P] bool.
+    """
+
+    colors: np.ndarray
+    alpha: np.ndarray
+    inverse_depth: np.ndarray
+    uv: np.ndarray
+    visible: np.ndarray
+
+
+@dataclass
+class Targets:
+    """Pixel positions [V, P, 2] that points should have, weights [V, P], and the Geman-McClure scale in pixels at 256."""
+
+    uv: np.ndarray
+    weights: np.ndarray
+    scale: float
+
+    @classmethod
+    def none(cls, uv: np.ndarray, scale: float) -> Targets:
+        return cls(uv.copy(), np.zeros(uv.shape[:2], np.float32), scale)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Positions in space [F, P, 3] that the surface points should have, with weights [F, P]."""
+
+    positions: np.ndarray
+    weights: np.ndarray
+
+
+def sample_surface(vertices: np.ndarray, faces: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Area-weighted, stratified points on a surface: triangle [P] and barycentric coordinates [P, 3]."""
+    generator = np.random.default_rng(seed)
+    a, b, c = (vertices[faces[:, k]].astype(np.float64) for k in range(3))
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    share = np.cumsum(area) / area.sum()
+    triangle = np.searchsorted(share, (np.arange(count) + generator.random(count)) / count).clip(0, len(faces) - 1)
+    uv = generator.random((count, 2))
+    uv = np.where(uv.sum(1, keepdims=True) > 1, 1 - uv, uv)
+    return triangle, np.concatenate([1 - uv.sum(1, keepdims=True), uv], 1)
+
+
+class Registration:
+    """Everything that stays the same from frame to frame.
+
+    Args:
+        mesh: canonical, textured; frame 0 of the video shows it.
+        welded: [N] index of the surface vertex of each mesh vertex.
+        nodes: carry the surface vertices.
+        footage: the video.
+        shading: [N, 3] factor on the texture.
+        points: how many surface points are matched.
+        stiffness: weight of the as-rigid-as-possible energy in the last rounds.
+        steps: Gauss-Newton steps per round.
+        seed: of the surface points.
+    """
+
+    def __init__(self, mesh: Mesh, welded: np.ndarray, nodes: ControlNodes, footage: Footage, shading: np.ndarray, points: int,
+                 stiffness: float, steps: int, seed: int) -> None:
+        self.mesh, self.welded, self.nodes, self.footage, self.shading = mesh, welded, nodes, footage, shading
+        self.stiffness, self.steps = stiffness, steps
+        self.Ks = zbuffer.scale_intrinsics(footage.Ks, 1 / footage.unit).astype(np.float64)  # in pixels at 256
+        self.upsampling = int(np.clip(round(512 / footage.size), 2, 4))
+
+        triangle, barycentric = sample_surface(mesh.vertices, mesh.faces, points, seed)
+        self.corners, self.barycentric = mesh.faces[triangle], barycentric  # [P, 3] each
+        rows = np.repeat(np.arange(points), 3)
+        samples = sp.csr_matrix((barycentric.ravel(), (rows, welded[self.corners].ravel())),
+                                shape=(points, nodes.skinning.shape[0]))
+        count = len(nodes.rest)
+        shares = (samples @ nodes.skinning).toarray().reshape(points, count, 4)
+        used = np.abs(shares).sum(2) > 0
+        self.starts = np.concatenate([[0], np.cumsum(used.sum(1))])
+        row, self.members = np.nonzero(used)
+        self.levers, self.weights = shares[row, self.members, :3].astype(np.float64), shares[row, self.members, 3].astype(np.float64)
+
+        incidence = sp.csr_matrix((np.ones(len(row)), (row, self.members)), shape=(points, count))
+        tails, heads = nodes.edges.T
+        coupled = (incidence.T @ incidence + sp.csr_matrix((np.ones(len(tails)), (tails, heads)), shape=(count, count))).tocsr()
+        self.slot = np.empty(count, np.int64)
+        self.slot[reverse_cuthill_mckee(coupled, symmetric_mode=True)] = np.arange(count)
+        linked = coupled.tocoo()
+        self.band_width = 6 * (int(np.abs(self.slot[linked.row] - self.slot[linked.col]).max()) + 1)
+        self._nearest_inside = lru_cache(maxsize=2 * footage.views)(self._measure_masks)
+
+    # ---- poses
+
+    def points(self, pose: Pose) -> np.ndarray:
+        """Positions of the surface points; [P, 3] float64."""
+        shares = np.einsum("nij,nj->ni", pose.rotations[self.members], self.levers)
+        shares += self.weights[:, None] * pose.positions[self.members]
+        return np.add.reduceat(shares, self.starts[:-1], axis=0)
+
+    def vertices(self, pose: Pose) -> np.ndarray:
+        """Positions of the mesh's vertices; [N, 3] float32."""
+        return self.nodes.pose(pose.rotations, pose.positions)[self.welded]
+
+    # ---- pictures
+
+    def look(self, pose: Pose) -> Look:
+        """Renders a pose."""
+        footage, vertices = self.footage, self.vertices(pose)[None]
+        rgba = zbuffer.render(self.mesh, vertices, footage.viewmats, footage.Ks, footage.size, 2, self.shading)[0]
+        fragments = zbuffer.rasterise(vertices, self.mesh.faces, footage.viewmats, footage.Ks, footage.size)
+        points = self.points(pose)[None].astype(np.float32)
+        uv, _ = zbuffer.project(points, footage.viewmats, footage.Ks)
+        visible = zbuffer.visible(points, fragments.inverse_depth, footage.viewmats, footage.Ks, HIDDEN)
+        return Look(zbuffer.over(rgba, BACKGROUND), rgba[..., 3], fragments.inverse_depth, uv[0], visible[0])
+
+    def cost(self, look: Look, frame: int) -> float:
+        """How much a render differs from the video: colour plus half the silhouette, per object pixel."""
+        colors = np.abs(look.colors * 255 - self.footage.colors[:, frame]).mean() / 255
+        silhouettes = np.abs(look.alpha - self.footage.masks[:, frame]).mean()
+        return float(colors + 0.5 * silhouettes) / max(float(self.footage.masks[:, frame].mean()), 1e-6)
+
+    def evidence(self, pose: Pose, look: Look, frame: int) -> np.ndarray:
+        """How many views see each vertex where the video has the object; [N] int."""
+        vertices, footage = self.vertices(pose)[None], self.footage
+        visible = zbuffer.visible(vertices, look.inverse_depth, footage.viewmats, footage.Ks, HIDDEN)[0]  # [V, N]
+        uv, _ = zbuffer.project(vertices, footage.viewmats, footage.Ks)
+        pixel = np.floor(uv[0]).astype(np.int64).clip(0, footage.size - 1)
+        on_object = footage.masks[np.arange(footage.views)[:, None], frame, pixel[..., 1], pixel[..., 0]]
+        return (visible & on_object).sum(0)
+
+    # ---- observations
+
+    def flow_targets(self, look: Look, frame: int, outliers: float) -> Targets:
+        """Where optical flow from the render to the video takes the visible points."""
+        footage = self.footage
+        targets = Targets.none(look.uv, FLOW_SCALE * outliers)
+        for v in range(footage.views):
+            seen = np.nonzero(look.visible[v])[0]
+            window = _window(footage.masks[v, frame] | (look.alpha[v] > 0.3), round(12 * footage.unit))
+            if len(seen) == 0 or window is None:
+                continue
+            render = to_grey((look.colors[v][window] * 255 + 0.5).clip(0, 255).astype(np.uint8))
+            corner = np.array([window[1].start, window[0].start], np.float32)
+            matched, good = match_points(render, footage.grey[v, frame][window], look.uv[v, seen] - corner,
+                                         FLOW_TOLERANCE * footage.unit, self.upsampling)
+            self._accept(targets, v, frame, seen, matched + corner, good)
+        return targets
+
+    def video_flow_targets(self, look: Look, frame: int) -> Targets:
+        """Where the video's own flow from the frame before takes the points that are visible there."""
+        footage = self.footage
+        targets = Targets.none(look.uv, FLOW_SCALE)
+        for v in range(footage.views):
+            seen = np.nonzero(look.visible[v])[0]
+            window = _window(footage.masks[v, frame - 1] | footage.masks[v, frame], round(12 * footage.unit))
+            if len(seen) == 0 or window is None:
+                continue
+            corner = np.array([window[1].start, window[0].start], np.float32)
+            matched, good = match_points(footage.grey[v, frame - 1][window], footage.grey[v, frame][window],
+                                         look.uv[v, seen] - corner, 1.5 * FLOW_TOLERANCE * footage.unit, self.upsampling)
+            self._accept(targets, v, frame, seen, matched + corner, good)
+        return targets
+
+    def _accept(self, targets: Targets, view: int, frame: int, points: np.ndarray, matched: np.ndarray, good: np.ndarray) -> None:
+        mask = self.footage.masks[view, frame].astype(np.float32)
+        targets.uv[view, points] = matched
+        targets.weights[view, points] = good & (bilinear(mask, matched) > 0.5)
+
+    def silhouette_targets(self, look: Look, frame: int) -> list[Targets]:
+        """Points outside of the mask go to the nearest place inside; mask pixels that nothing covers call the nearest point."""
+        footage, unit = self.footage, self.footage.unit
+        inwards, cover = Targets.none(look.uv, NO_OUTLIERS), Targets.none(look.uv, COVER_SCALE)
+        limit = footage.size - BORDER * unit
+        for v in range(footage.views):
+            mask = footage.masks[v, frame]
+            if not mask.any():
+                continue
+            uv = look.uv[v]
+            inner = ((uv > BORDER * unit) & (uv < limit)).all(1)
+            distance, nearest = self._nearest_inside(v, frame)
+            column, row = np.floor(uv).astype(np.int64).clip(0, footage.size - 1).T
+            out = np.nonzero(inner & (distance[row, column] > 0.8 * unit))[0]
+            inwards.uv[v, out] = nearest[::-1, row[out], column[out]].T + 0.5
+            inwards.weights[v, out] = SILHOUETTE_WEIGHT
+
+            row, column = np.nonzero(mask & (look.alpha[v] < 0.3))
+            pixels = np.stack([column, row], 1) + 0.5
+            pixels = pixels[((pixels > BORDER * unit) & (pixels < limit)).all(1)]
+            seen = np.nonzero(look.visible[v])[0]
+            if len(pixels) <= 4 or len(seen) == 0:
+                continue
+            pixels = pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), 400)).astype(int)]
+            distance, caller = cKDTree(uv[seen]).query(pixels, distance_upper_bound=COVER_REACH * unit)
+            called = np.isfinite(distance) & (distance > unit)
+            calls = np.bincount(caller[called], minlength=len(seen))
+            mean = np.stack([np.bincount(caller[called], pixels[called, k], len(seen)) for k in range(2)], 1)
+            some = calls > 0
+            cover.uv[v, seen[some]] = mean[some] / calls[some, None]
+            cover.weights[v, seen[some]] = SILHOUETTE_WEIGHT
+        return [inwards, cover]
+
+    def _measure_masks(self, view: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """Distance [S, S] to the mask and the mask pixel (row, column) that is nearest [2, S, S]."""
+        return distance_transform_edt(~self.footage.masks[view, frame], return_indices=True)
+
+    # ---- solving
+
+    def solve(self, pose: Pose, targets: list[Targets], rigidity: float, places: Places | None = None, frame: int = 0,
+              outliers: float = 1.0) -> Pose:
+        """A few Gauss-Newton steps towards targets in the pictures and places in space.
+
+        Args:
+            rigidity: factor on the stiffness.
+            places, frame, outliers: tracked places, the frame they are taken from, and the factor on their outlier scale.
+        """
+        nodes, count, unit = self.nodes, len(self.nodes.rest), self.footage.unit
+        tails, heads = nodes.edges.T
+        for _ in range(self.steps):
+            points = self.points(pose)
+            information, pull = np.zeros((len(points), 3, 3)), np.zeros((len(points), 3))
+            for target in targets:
+                add_pixels(points, self.footage.viewmats, self.Ks, target.uv.astype(np.float64) / unit,
+                           target.weights.astype(np.float64), target.scale, information, pull)
+            if places is not None:
+                add_places(points, places.positions[frame], places.weights[frame] * PIXELS_PER_UNIT**2,
+                           FLOW_SCALE * outliers / PIXELS_PER_UNIT, information, pull)
+            band, gradient = np.zeros((6 * count, self.band_width)), np.zeros(6 * count)
+            arms = np.einsum("nij,nj->ni", pose.rotations[self.members], self.levers)
+            add_points(band, gradient, self.starts, self.slot[self.members], arms, self.weights, information, pull)
+            spokes = np.einsum("eij,ej->ei", pose.rotations[tails], nodes.offsets)
+            residuals = spokes - (pose.positions[heads] - pose.positions[tails])
+            add_edges(band, gradient, self.slot[tails], self.slot[heads], spokes, residuals,
+                      self.stiffness * rigidity * nodes.stiffness)
+            step = solve_band(band, gradient).reshape(count, 6)[self.slot]
+            step /= max(1.0, float(np.linalg.norm(step[:, :3], axis=1).max()) / LARGEST_TURN)
+            pose = Pose(Rotation.from_rotvec(step[:, :3]).as_matrix() @ pose.rotations, pose.positions + step[:, 3:])
+        return pose
+
+    def refine(self, pose: Pose, frame: int, rigidity: float, places: Places | None = None) -> Pose:
+        """One round: look, match, solve."""
+        outliers = float(np.clip(rigidity, 1, 8))
+        look = self.look(pose)
+        targets = [self.flow_targets(look, frame, outliers), *self.silhouette_targets(look, frame)]
+        return self.solve(pose, targets, rigidity, places, frame, outliers)
+
+    def warm_start(self, pose: Pose, frame: int, before: Look | None = None, places: Places | None = None) -> Pose:
+        """Moves an extrapolated pose by the video's own flow since the look at the frame before, or by tracked places."""
+        flow = None if before is None else self.video_flow_targets(before, frame)
+        for rigidity, outliers in WARM_UP:
+            targets = [] if flow is None else [replace(flow, scale=FLOW_SCALE * outliers)]
+            pose = self.solve(pose, targets, rigidity, places, frame, outliers)
+        return pose
+
+
+def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice] | None:
+    """The rows and columns around a mask, or None where it is empty."""
+    rows, columns = (np.nonzero(mask.any(axis))[0] for axis in (1, 0))
+    if len(rows) == 0:
+        return None
+    return tuple(slice(max(0, k[0] - margin), k[-1] + margin + 1) for k in (rows, columns))  # type: ignore[return-value]

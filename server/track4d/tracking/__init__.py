@@ -1,0 +1,1 @@
+"""Where points go in the pictures: optical flow."""

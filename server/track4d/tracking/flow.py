@@ -1,0 +1,66 @@
+"""Optical flow between two pictures, checked forward and backward.
+
+DIS (Kroeger et al. 2016, "Fast Optical Flow using Dense Inverse Search") as OpenCV has it, on enlarged pictures: small objects
+have more texture for its 8-pixel patches there.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+SMALLEST = 64  # pixels; DIS needs a pyramid of a few levels, so smaller pictures are padded
+
+
+def to_grey(picture: np.ndarray) -> np.ndarray:
+    """sRGB uint8 [H, W, 3] to uint8 [H, W]."""
+    return cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
+
+
+def bilinear(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Values of `picture` [H, W] or [H, W, C] float32 at `points` [N, 2] in pixels (centres at +0.5); [N] or [N, C]."""
+    x, y = (points[:, k:k + 1].astype(np.float32) - np.float32(0.5) for k in (0, 1))
+    return cv2.remap(picture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[:, 0]
+
+
+def dense_flow(first: np.ndarray, second: np.ndarray, upsampling: int = 2) -> np.ndarray:
+    """Where each pixel of `first` goes in `second`.
+
+    Args:
+        first, second: [H, W] uint8.
+        upsampling: the pictures are enlarged by this factor before matching.
+
+    Returns:
+        [H, W, 2] float32 displacement in pixels.
+    """
+    height, width = first.shape
+    if upsampling > 1:
+        first, second = (cv2.resize(p, None, fx=upsampling, fy=upsampling, interpolation=cv2.INTER_CUBIC)
+                         for p in (first, second))
+    below, right = (max(SMALLEST - side, 0) for side in first.shape)
+    if below or right:
+        first, second = (cv2.copyMakeBorder(p, 0, below, 0, right, cv2.BORDER_REPLICATE) for p in (first, second))
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)
+    flow = flow[:height * upsampling, :width * upsampling]
+    if upsampling > 1:
+        flow = cv2.resize(flow, (width, height), interpolation=cv2.INTER_AREA) / upsampling
+    return flow
+
+
+def match_points(first: np.ndarray, second: np.ndarray, points: np.ndarray, tolerance: float,
+                 upsampling: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Follows points from one picture to another.
+
+    Args:
+        first, second: [H, W] uint8.
+        points: [N, 2] pixel positions in `first`.
+        tolerance: pixels that a point may miss its start by, after going there and back; 5 % of the way is added.
+
+    Returns:
+        [N, 2] positions in `second`, and [N] bool: came back within the tolerance.
+    """
+    there = bilinear(dense_flow(first, second, upsampling), points)  # [N, 2]
+    matched = points + there
+    back = bilinear(dense_flow(second, first, upsampling), matched)  # [N, 2]
+    miss = np.linalg.norm(there + back, axis=1)
+    return matched, miss < tolerance + 0.05 * np.linalg.norm(there, axis=1)
