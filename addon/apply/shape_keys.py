@@ -1,0 +1,182 @@
+"""A result as shape keys: one per frame, faded into each other by one action.
+
+The keys hold displacements on top of the Basis, so whatever the object had before (shape keys, modifiers, animation added in the
+meantime) goes on working. Between two frames the vertices move linearly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import bpy
+import numpy as np
+from track4d_protocol.errors import InputError, ServerError
+from track4d_protocol.messages import Result
+
+from .. import actions, marks
+from ..capture.mesh import ObjectSnapshot, Snapshot, find_objects, snapshot, topology_hash
+
+LINEAR = 1  # Keyframe.interpolation as foreach_set takes it
+
+
+def shape_keys(target: Snapshot | Sequence[bpy.types.Object], result: Result, frame_start: int = 1, step: float = 1.0) -> dict[str, Any]:
+    """Puts a result onto the objects it was made for; an earlier result on them is replaced.
+
+    Args:
+        target: the snapshot that the request was made from; or the objects, if they are still where and as they were.
+        result: `vertices` [F, N, 3] in capture space.
+        frame_start: of the scene, where the first frame goes.
+        step: frames of the scene from one frame of the result to the next.
+
+    Returns:
+        {"objects", "keys" (names), "action" (name), "frame_start", "frame_end", "vertices"}.
+
+    Raises:
+        InputError: object_missing, in_edit_mode, topology_changed, and what `snapshot` raises. Nothing is changed then.
+        ServerError: bad_result, the result doesn't have the size of the objects or isn't finite.
+    """
+    seen = target if isinstance(target, Snapshot) else snapshot(target)
+    objects = find_objects(seen)
+    frames = np.asarray(result.arrays["vertices"], np.float32)  # [F, N, 3]
+    if frames.ndim != 3 or frames.shape[1:] != seen.vertices.shape:
+        raise ServerError("bad_result", f"The result has vertices of shape {list(frames.shape)} for {len(seen.vertices)} vertices.",
+                          "Animate again; if it happens again, please report it.")
+    if not np.isfinite(frames).all():
+        raise ServerError("bad_result", "The result has coordinates that are not finite.", "Animate again with another seed.")
+    for item, obj in zip(seen.objects, objects):
+        _check_target(item, obj)
+    remove(objects)
+    prompt = str(result.report.get("prompt", "")) or "motion"
+    action = bpy.data.actions.new(f"Track4D: {prompt}"[:63])
+    names: list[str] = []
+    for (item, part), obj in zip(seen.slices(), objects):
+        moves = _displacements(item, frames[:, part] - seen.vertices[part], seen.to_world)
+        names = _add_keys(obj, moves)
+        used = _animate(obj.data.shape_keys, names, action, frame_start, step)
+        _leave_mark(obj.data.shape_keys, names, used, result)
+    if not action.users:
+        bpy.data.actions.remove(action)  # every object has an action of its own that took the curves
+        action = used
+    return {"objects": [obj.name for obj in objects], "keys": names, "action": action.name, "frame_start": frame_start,
+            "frame_end": frame_start + (len(frames) - 1) * step, "vertices": len(seen.vertices)}
+
+
+def remove(objects: Sequence[bpy.types.Object]) -> int:
+    """Takes Track4D's keys and animation away from the objects, as if they had never been there.
+
+    Returns:
+        How many objects had some.
+
+    Raises:
+        InputError: in_edit_mode.
+    """
+    found = [obj for obj in objects if obj.type == "MESH" and marks.MARK in (obj.data.shape_keys or ())]
+    for obj in found:
+        _check_mode(obj)
+    for obj in found:
+        keys = obj.data.shape_keys
+        mark, paths = marks.read(keys), marks.own_paths(keys)
+        _remove_curves(keys, paths, mark)
+        index = obj.active_shape_key_index
+        for name in mark["keys"]:
+            obj.shape_key_remove(keys.key_blocks[name])
+        if mark.get("basis") and len(keys.key_blocks) == 1:
+            obj.shape_key_clear()
+        else:
+            del keys[marks.MARK]
+            obj.active_shape_key_index = min(index, len(keys.key_blocks) - 1)
+        obj.data.update()
+    return len(found)
+
+
+def _check_mode(obj: bpy.types.Object) -> None:
+    if obj.mode != "OBJECT":
+        raise InputError("in_edit_mode", f"'{obj.name}' is in {obj.mode.replace('_', ' ').lower()} mode.", "Switch to object mode (Tab).")
+
+
+def _check_target(item: ObjectSnapshot, obj: bpy.types.Object) -> None:
+    _check_mode(obj)
+    if len(obj.data.vertices) != item.count:
+        raise InputError("topology_changed", f"'{obj.name}' has {len(obj.data.vertices)} vertices; it had {item.count} when it was captured.",
+                         "Undo the change, or animate it again.")
+    if topology_hash(obj.data) != item.topology:
+        raise InputError("topology_changed", f"The faces of '{obj.name}' are not those that were captured.",
+                         "Undo the change, or animate it again.")
+
+
+def _displacements(item: ObjectSnapshot, moves: np.ndarray, to_world: np.ndarray) -> np.ndarray:
+    """Displacements in capture space [F, N, 3] to those of the object's own vertices before its modifiers; float32 [F, N, 3]."""
+    linear = np.linalg.inv(item.matrix_world[:3, :3]) @ to_world[:3, :3]
+    moves = moves @ linear.T.astype(np.float32)
+    return moves if item.unbend is None else np.einsum("nij,fnj->fni", item.unbend, moves)
+
+
+def _add_keys(obj: bpy.types.Object, moves: np.ndarray) -> list[str]:
+    index = obj.active_shape_key_index
+    added_basis = obj.data.shape_keys is None
+    if added_basis:
+        obj.shape_key_add(name="Basis", from_mix=False)
+    keys = obj.data.shape_keys
+    keys[marks.MARK] = {"basis": added_basis}
+    basis = np.empty(moves.shape[1] * 3, np.float32)
+    keys.reference_key.points.foreach_get("co", basis)
+    names = []
+    for number, move in enumerate(moves, 1):
+        block = obj.shape_key_add(name=f"f{number:04d}", from_mix=False)
+        block.relative_key = keys.reference_key
+        block.points.foreach_set("co", basis + move.ravel())
+        names.append(block.name)
+    obj.active_shape_key_index = index
+    obj.data.update()
+    return names
+
+
+def _animate(keys: bpy.types.Key, names: list[str], action: bpy.types.Action, frame_start: int, step: float) -> bpy.types.Action:
+    """One F-curve per key: 1 on its own frame, 0 on its neighbours. An action that the keys have already gets the curves added."""
+    if keys.animation_data is None or keys.animation_data.action is None:
+        actions.assign(keys, action)
+    curves = actions.fcurves(keys, create=True)
+    for number, name in enumerate(names):
+        path = marks.value_path(name)
+        if curves.find(path):
+            continue  # one action without slots serves all objects alike
+        frames = [f for f in (number - 1, number, number + 1) if 0 <= f < len(names)]
+        curve = curves.new(path)
+        curve.keyframe_points.add(len(frames))
+        points = [value for f in frames for value in (frame_start + f * step, float(f == number))]
+        curve.keyframe_points.foreach_set("co", points)
+        curve.keyframe_points.foreach_set("interpolation", [LINEAR] * len(frames))
+        curve.update()
+    return keys.animation_data.action
+
+
+def _leave_mark(keys: bpy.types.Key, names: list[str], action: bpy.types.Action, result: Result) -> None:
+    report = {name: result.report[name] for name in ("prompt", "seed", "preset", "model") if isinstance(result.report.get(name), str | int)}
+    keys[marks.MARK] = keys[marks.MARK].to_dict() | report | {"keys": names, "action": action.name}
+
+
+def _remove_curves(keys: bpy.types.Key, paths: set[str], mark: dict[str, Any]) -> None:
+    """Removes our F-curves, wherever the user has put the action since (active, or in NLA strips), and what is empty after that."""
+    data = keys.animation_data
+    if data is None:
+        return
+    for track in list(data.nla_tracks):
+        if track.strips and all(strip.action and strip.action.name == mark.get("action") for strip in track.strips):
+            data.nla_tracks.remove(track)
+    action = data.action
+    if action is not None:
+        curves = actions.fcurves(keys)
+        shared = not hasattr(action, "slots") and action.users > 1  # other objects still use the curves
+        for curve in [] if shared else [curve for curve in curves if curve.data_path in paths]:
+            curves.remove(curve)
+        if shared or not len(actions.fcurves(keys)):
+            slot = getattr(data, "action_slot", None)
+            data.action = None
+            if slot is not None and not slot.users():
+                action.slots.remove(slot)
+    ours = bpy.data.actions.get(mark.get("action", ""))
+    if ours and not ours.users and ours.name.startswith("Track4D: "):
+        bpy.data.actions.remove(ours)
+    if not data.action and not data.nla_tracks and not data.drivers:
+        keys.animation_data_clear()

@@ -1,0 +1,387 @@
+"""The mesh part of a capture: a snapshot of the objects' geometry, colours and transforms, taken from copies.
+
+Capture space is the world with the first object's location and its turn about the vertical taken away, so that "front -Y" means
+the object's own -Y wherever it stands. `Snapshot.to_world` goes back.
+
+Which vertices are captured: always those of the object's own data, one for one, because shape keys move these. Their places are
+those after the modifiers, up to the first modifier that changes the number of vertices; Subdivision, Mirror, ... stay and work
+on top of the motion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import bpy
+import numpy as np
+from track4d_protocol.errors import InputError
+from track4d_protocol.space import canonical_similarity
+
+from .. import actions, marks
+from .colors import BaseColors
+
+TIME_DEPENDENT = {"BUILD", "CLOTH", "DYNAMIC_PAINT", "EXPLODE", "FLUID", "MESH_CACHE", "MESH_SEQUENCE_CACHE", "SOFT_BODY", "WAVE"}
+STEP = 1e-3  # of the object's size; by which vertices are moved to see what the modifiers do with a motion
+
+
+@dataclass(frozen=True)
+class ObjectSnapshot:
+    """One object as it was captured.
+
+    Attributes:
+        name: of the object.
+        session_uid: finds the object again after it was renamed.
+        count: vertices of its own data.
+        topology: hash of its polygons.
+        matrix_world: [4, 4] float64, from its own space into the world.
+        unbend: [N, 3, 3] float32, from a displacement after the modifiers to one before them; None where both are the same.
+    """
+
+    name: str
+    session_uid: int
+    count: int
+    topology: str
+    matrix_world: np.ndarray
+    unbend: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was captured, and all that is needed to bring a result back onto the objects.
+
+    Attributes:
+        objects: in the order of the vertices.
+        to_world: [4, 4] float64, from capture space to the world; a turn about Z and a translation.
+        vertices: [N, 3] float32 in capture space.
+        faces: [T, 3] int32; uvs: [T, 3, 2] float32; materials: [T] int32, index into `textures`.
+        textures: uint8 [h, w, 3] sRGB, top row first.
+        warnings: {"code", "message", "action"} of what the user should know.
+    """
+
+    objects: tuple[ObjectSnapshot, ...]
+    to_world: np.ndarray
+    vertices: np.ndarray
+    faces: np.ndarray
+    uvs: np.ndarray
+    materials: np.ndarray
+    textures: list[np.ndarray]
+    warnings: list[dict[str, str]]
+
+    def slices(self) -> Iterator[tuple[ObjectSnapshot, slice]]:
+        """Each object with its part of the vertices."""
+        start = 0
+        for item in self.objects:
+            yield item, slice(start, start + item.count)
+            start += item.count
+
+
+def topology_hash(mesh: bpy.types.Mesh) -> str:
+    """A hash of the number of vertices and of the polygons' corners; the places of the vertices don't matter."""
+    corners = np.empty(len(mesh.loops), np.int32)
+    mesh.loops.foreach_get("vertex_index", corners)
+    starts = np.empty(len(mesh.polygons), np.int32)
+    mesh.polygons.foreach_get("loop_start", starts)
+    return hashlib.sha256(f"{len(mesh.vertices)}:".encode() + corners.tobytes() + starts.tobytes()).hexdigest()[:32]
+
+
+def positions(mesh: bpy.types.Mesh) -> np.ndarray:
+    """Vertices of a mesh in its own space; [N, 3] float32."""
+    co = np.empty(len(mesh.vertices) * 3, np.float32)
+    mesh.vertices.foreach_get("co", co)
+    return co.reshape(-1, 3)
+
+
+def set_positions(mesh: bpy.types.Mesh, co: np.ndarray) -> None:
+    """Moves all vertices of a mesh without shape keys."""
+    mesh.vertices.foreach_set("co", np.ascontiguousarray(co, np.float32).ravel())
+    mesh.update()
+
+
+def find_objects(wanted: Sequence[bpy.types.Object] | Snapshot) -> list[bpy.types.Object]:
+    """The objects of a snapshot, also when they were renamed since; objects are handed through.
+
+    Raises:
+        InputError: an object is gone.
+    """
+    if not isinstance(wanted, Snapshot):
+        return list(wanted)
+    by_uid = {obj.session_uid: obj for obj in bpy.data.objects}
+    found = []
+    for item in wanted.objects:
+        obj = by_uid.get(item.session_uid) or bpy.data.objects.get(item.name)
+        if obj is None:
+            raise InputError("object_missing", f"The object '{item.name}' is no longer there.", "Undo its deletion and try again.")
+        found.append(obj)
+    return found
+
+
+def snapshot(objects: Sequence[bpy.types.Object]) -> Snapshot:
+    """Looks at the objects and checks that they can be animated; they stay untouched.
+
+    Args:
+        objects: mesh objects; the first one's turn about the vertical and its location define capture space.
+
+    Raises:
+        InputError: no_mesh_selected, wrong_object_type, linked_data, shared_mesh, absolute_shape_keys, already_animated,
+            empty_mesh, too_few_vertices, no_faces, not_finite, flat_transform, degenerate_mesh.
+    """
+    objects = list(objects)
+    _check_objects(objects)
+    with plain_copies(objects) as copies:
+        return _read(copies)
+
+
+def _read(copies: PlainCopies) -> Snapshot:
+    to_world = _upright_frame(copies.items[0].matrix_world)
+    from_world = np.linalg.inv(to_world)
+    colors, vertices, faces, uvs, materials, items, start = BaseColors(), [], [], [], [], [], 0
+    for copy in copies.items:
+        matrix = from_world @ copy.matrix_world
+        points = (copy.positions.astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]).astype(np.float32)
+        _check_geometry(copy, points)
+        corners, corner_uvs, material = colors.triangles(copy.obj, copy.mesh)
+        if np.linalg.det(matrix[:3, :3]) < 0:  # mirrored: keep the outside outside
+            corners, corner_uvs = corners[:, ::-1], corner_uvs[:, ::-1]
+        vertices.append(points)
+        faces.append(corners + start)
+        uvs.append(corner_uvs)
+        materials.append(material)
+        start += len(points)
+        items.append(ObjectSnapshot(copy.obj.name, copy.obj.session_uid, len(points), topology_hash(copy.obj.data),
+                                    copy.matrix_world, copy.unbend))
+    joined = np.concatenate(vertices)
+    canonical_similarity(joined)  # refuses what has no extent
+    warnings = list(colors.warnings)
+    if len(items) > 1:
+        warnings.append({"code": "several_objects", "message": f"{len(items)} objects are animated together as one.",
+                         "action": "Animate them one by one if they shall move on their own."})
+    for copy in copies.items:
+        if copy.obj.data.users > 1:
+            warnings.append({"code": "shared_mesh", "message": f"The mesh of '{copy.obj.name}' has {copy.obj.data.users} users; "
+                             "all of them will move.", "action": "Use Object > Relations > Make Single User first."})
+    return Snapshot(tuple(items), to_world, joined, np.ascontiguousarray(np.concatenate(faces), np.int32),
+                    np.ascontiguousarray(np.concatenate(uvs), np.float32), np.concatenate(materials).astype(np.int32),
+                    colors.textures, warnings)
+
+
+# Checks
+
+
+def _check_objects(objects: list[bpy.types.Object]) -> None:
+    if not objects:
+        raise InputError("no_mesh_selected", "No mesh object is selected.", "Select the object to animate.")
+    seen: dict[bpy.types.Mesh, str] = {}
+    for obj in objects:
+        if obj.type != "MESH":
+            kind = obj.bl_rna.properties["type"].enum_items[obj.type].name
+            raise InputError("wrong_object_type", f"'{obj.name}' is of type {kind}, not a mesh.",
+                             "Select a mesh, or use Object > Convert > Mesh.")
+        if obj.library or obj.data.library:
+            raise InputError("linked_data", f"'{obj.name}' is linked from another file and can't be changed.",
+                             "Use Object > Relations > Make Local > Selected Objects and Data.")
+        if obj.data in seen:
+            raise InputError("shared_mesh", f"'{obj.name}' and '{seen[obj.data]}' use the same mesh '{obj.data.name}'.",
+                             "Use Object > Relations > Make Single User > Object & Data, or select one of them.")
+        seen[obj.data] = obj.name
+        keys = obj.data.shape_keys
+        if keys and not keys.use_relative:
+            raise InputError("absolute_shape_keys", f"The shape keys of '{obj.name}' are absolute.",
+                             "Switch on 'Relative' in the shape key panel.")
+        cause = _animation_of(obj)
+        if cause:
+            raise InputError("already_animated", f"'{obj.name}' is already animated by {cause}.",
+                             "Remove that animation, or animate a copy without it (Object > Animation > Clear Keyframes).")
+
+
+def _animation_of(obj: bpy.types.Object) -> str:
+    """What moves the object's vertices or itself by keyframes or by the clock, in words; empty when nothing does."""
+    for owner, what in ((obj, ""), (obj.data, " of its mesh"), (obj.data.shape_keys, " of its shape keys")):
+        found = _action_of(owner, marks.own_paths(owner) if isinstance(owner, bpy.types.Key) else set())
+        if found:
+            return found + what
+    for modifier in obj.modifiers:
+        if not modifier.show_viewport:
+            continue
+        if modifier.type in TIME_DEPENDENT:
+            return f"the modifier '{modifier.name}'"
+        for name, prop in modifier.bl_rna.properties.items():
+            target = getattr(modifier, name) if prop.type == "POINTER" else None
+            if isinstance(target, bpy.types.Object):
+                found = _action_of(target) or _action_of(target.data)
+                if found:
+                    return f"{found} of '{target.name}' through the modifier '{modifier.name}'"
+    return ""
+
+
+def _action_of(owner: bpy.types.ID | None, ours: set[str] = frozenset()) -> str:
+    data = getattr(owner, "animation_data", None)
+    if data is None:
+        return ""
+    if data.action and any(curve.data_path not in ours for curve in actions.fcurves(owner)):
+        return f"the action '{data.action.name}'"
+    strips = [strip.name for track in data.nla_tracks if not track.mute for strip in track.strips]
+    return f"the NLA strip '{strips[0]}'" if strips else ""
+
+
+def _check_geometry(copy: PlainCopy, points: np.ndarray) -> None:
+    name, mesh = copy.obj.name, copy.mesh
+    if len(points) == 0:
+        raise InputError("empty_mesh", f"'{name}' has no vertices.", "Select an object with a surface.")
+    if len(points) < 3:
+        raise InputError("too_few_vertices", f"'{name}' has {len(points)} vertices.", "Select an object with a surface.")
+    if len(mesh.polygons) == 0:
+        raise InputError("no_faces", f"'{name}' has {len(points)} vertices but no faces.", "Fill it with faces, or select another object.")
+    if not np.isfinite(points).all():
+        bad = int((~np.isfinite(points).all(1)).sum())
+        raise InputError("not_finite", f"{bad} vertices of '{name}' have coordinates that are not finite.",
+                         "Delete them, or undo the modifier that made them.")
+    scales = np.linalg.svd(copy.matrix_world[:3, :3], compute_uv=False)
+    if scales[-1] < 1e-8 * max(scales[0], 1e-30):
+        raise InputError("flat_transform", f"The scale of '{name}' is zero along an axis.", "Give it a scale that isn't zero.")
+    if np.ptp(points, axis=0).max() <= 1e-9:
+        raise InputError("degenerate_mesh", f"All vertices of '{name}' lie in one point.", "Select an object with a surface.")
+
+
+# Capture space
+
+
+def _upright_frame(matrix_world: np.ndarray) -> np.ndarray:
+    """Location and turn about world Z of an object's matrix; [4, 4] float64, rigid.
+
+    The turn is the twist part of the rotation. A mirrored matrix is a rotation times the mirroring of one axis: of the three
+    ways to write it, the one that tilts the object least is taken.
+    """
+    left, _, right = np.linalg.svd(matrix_world[:3, :3])
+    rotation = left @ right  # the nearest orthogonal matrix
+    mirrors = [np.eye(3)] if np.linalg.det(rotation) > 0 else [np.diag(1.0 - 2.0 * np.eye(3)[k]) for k in range(3)]
+    # With the quaternion (w, x, y, z) of R: R10 - R01 = 4 w z and R00 + R11 = 2 (w² - z²); the twist is 2 atan2(z, w).
+    upright = max((rotation @ mirror for mirror in mirrors), key=lambda r: (round(r[2, 2], 6), round(r[0, 0] + r[1, 1], 6)))
+    sine, cosine = upright[1, 0] - upright[0, 1], upright[0, 0] + upright[1, 1]
+    yaw = math.atan2(sine, cosine) if math.hypot(sine, cosine) > 1e-6 else 0.0
+    frame = np.eye(4)
+    frame[:2, :2] = [[math.cos(yaw), -math.sin(yaw)], [math.sin(yaw), math.cos(yaw)]]
+    frame[:3, 3] = matrix_world[:3, 3]
+    return frame
+
+
+# Copies
+
+
+@dataclass
+class PlainCopy:
+    """A copy of an object that nothing deforms any more.
+
+    Attributes:
+        obj: the original.
+        mesh: the evaluated mesh with the original's materials, as many vertices as the original's own data.
+        positions: [N, 3] float32, in the object's own space.
+        matrix_world: [4, 4] float64 of the original.
+        unbend: as in `ObjectSnapshot`.
+    """
+
+    obj: bpy.types.Object
+    mesh: bpy.types.Mesh
+    positions: np.ndarray
+    matrix_world: np.ndarray
+    unbend: np.ndarray | None
+
+
+@dataclass
+class PlainCopies:
+    """A temporary scene and the copies that were made in it.
+
+    Attributes:
+        scene: no object of the user is in it.
+        items: in the order of the objects.
+        temporary: whatever is put here is removed at the end.
+    """
+
+    scene: bpy.types.Scene
+    items: list[PlainCopy]
+    temporary: list[bpy.types.ID]
+
+
+@contextmanager
+def plain_copies(objects: Sequence[bpy.types.Object], unbend: bool = True) -> Iterator[PlainCopies]:
+    """Copies of the objects, evaluated in a temporary scene; at the end all of it is removed, whatever happens.
+
+    Args:
+        objects: mesh objects.
+        unbend: also find out what the modifiers do with a motion.
+    """
+    scene = bpy.data.scenes.new(".Track4D")
+    copies = PlainCopies(scene, [], [scene])
+    try:
+        scene.frame_current, scene.frame_subframe = bpy.context.scene.frame_current, bpy.context.scene.frame_subframe
+        for obj in objects:
+            copies.items.append(_plain_copy(obj, copies, unbend))
+        yield copies
+    finally:
+        bpy.data.batch_remove(copies.temporary)
+
+
+def _plain_copy(obj: bpy.types.Object, copies: PlainCopies, unbend: bool) -> PlainCopy:
+    obj.update_from_editmode()  # does nothing outside of edit mode, and doesn't leave it
+    copy = obj.copy()
+    copies.temporary.append(copy)
+    copy.data = obj.data.copy()
+    copies.temporary.append(copy.data)
+    copies.scene.collection.objects.link(copy)
+    copy.hide_viewport = False
+    copy.show_only_shape_key = False
+    layer = copies.scene.view_layers[0]
+
+    def evaluate() -> bpy.types.Object:
+        copy.data.update_tag()
+        layer.update()
+        return copy.evaluated_get(layer.depsgraph)
+
+    stack = [modifier.name for modifier in copy.modifiers if modifier.show_viewport]
+    _show(copy, [])
+    _flatten_shape_keys(copy, obj, evaluate)
+    own = positions(copy.data)
+    while True:
+        _show(copy, stack)
+        evaluated = evaluate()
+        if len(evaluated.data.vertices) == len(own):
+            break
+        stack.pop()  # subdivision, mirror, ... stay on top of the motion
+    mesh = bpy.data.meshes.new_from_object(evaluated, preserve_all_data_layers=True, depsgraph=layer.depsgraph)
+    copies.temporary.append(mesh)
+    mesh.materials.clear()
+    for slot in obj.material_slots:
+        mesh.materials.append(slot.material)
+    matrix_world = np.array(evaluated.matrix_world, np.float64)
+    bent = positions(mesh)
+    inverse = None
+    size = float(np.ptp(own, axis=0).max()) if len(own) else 0.0
+    if unbend and stack and np.abs(bent - own).max(initial=0.0) > 1e-6 * size:
+        jacobian = np.empty((len(own), 3, 3))
+        for axis in range(3):
+            set_positions(copy.data, own + STEP * size * np.eye(3)[axis])
+            jacobian[:, :, axis] = (positions(evaluate().data).astype(np.float64) - bent) / (STEP * size)
+        inverse = np.linalg.pinv(jacobian, rcond=1e-3).astype(np.float32)
+    copies.scene.collection.objects.unlink(copy)
+    return PlainCopy(obj, mesh, bent, matrix_world, inverse)
+
+
+def _show(copy: bpy.types.Object, names: list[str]) -> None:
+    for modifier in copy.modifiers:
+        modifier.show_viewport = modifier.name in names
+
+
+def _flatten_shape_keys(copy: bpy.types.Object, obj: bpy.types.Object, evaluate) -> None:
+    """The mix of the shape keys becomes the copy's mesh, without the keys of an earlier result."""
+    keys = copy.data.shape_keys
+    if keys is None:
+        return
+    keys.animation_data_clear()
+    for name in marks.own_keys(obj.data.shape_keys):
+        keys.key_blocks[name].mute = True
+    mixed = positions(evaluate().data)
+    copy.shape_key_clear()
+    set_positions(copy.data, mixed)

@@ -1,0 +1,160 @@
+"""The picture part of a capture: Cycles on the CPU, in memory, of copies in a temporary scene.
+
+Cycles' Python engine class is wrapped for the length of one render, to read the passes where Blender has them: neither a file nor
+the compositor is needed. Light and background are ours, always the same: the pictures serve the motion, and a side that the
+user's lamps leave dark could not be followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import bpy
+import numpy as np
+from mathutils import Matrix, Vector
+from track4d_protocol.errors import InputError
+from track4d_protocol.space import Similarity
+
+from .cameras import set_camera
+from .colors import linear_to_srgb, to_bytes
+from .mesh import PlainCopies
+
+AMBIENT = 0.55  # radiance of the world: a white surface in the open gets this value
+# direction towards the lamp in canonical space (front on +X), radiance of a white surface that faces it
+LAMPS = (((0.6, 0.5, 0.7), 0.4), ((0.3, -0.8, 0.3), 0.15), ((-0.9, 0.1, 0.4), 0.25))
+LAMP_ANGLE = 0.8  # radians; large lamps make soft shadows
+BOUNCES = 2
+FAR = 1e9  # Cycles writes 1e10 where a ray hits nothing
+HANDLERS = ("render_init", "render_pre", "render_post", "render_write", "render_complete", "render_cancel", "render_stats",
+            "frame_change_pre", "frame_change_post")
+
+
+def render_view(copies: PlainCopies, from_world: np.ndarray, canonical: Similarity, viewmat: np.ndarray, K: np.ndarray, size: int,
+                samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Renders one picture of the copies; fills their temporary scene when it is called for the first time.
+
+    Args:
+        copies: as `plain_copies` gives them.
+        from_world: [4, 4], the inverse of `Snapshot.to_world`.
+        canonical: from capture space into canonical space; the lamps go with it.
+        viewmat: [4, 4] from capture space to the camera; K: [3, 3].
+        size: width and height in pixels.
+        samples: per pixel.
+
+    Returns:
+        view uint8 [R, R, 4] sRGB with straight alpha, depth float32 [R, R] along the camera's axis (0 = background); top row first.
+
+    Raises:
+        InputError: cycles_missing, or render_failed with Blender's own words.
+    """
+    scene = copies.scene
+    if scene.camera is None:
+        _fill_scene(copies, from_world, canonical, size, samples)
+    set_camera(scene.camera, viewmat, K, size, 1 / canonical.scale)
+    color, depth = _render(scene)
+    alpha = color[..., 3:]
+    straight = np.where(alpha > 1e-4, color[..., :3] / np.maximum(alpha, 1e-4), 0.0)
+    view = np.concatenate([linear_to_srgb(straight), np.clip(alpha, 0.0, 1.0)], -1)
+    depth = np.where((depth < FAR) & (color[..., 3] > 0.5), depth, 0.0)
+    return to_bytes(view)[::-1].copy(), depth[::-1].astype(np.float32)
+
+
+def _fill_scene(copies: PlainCopies, from_world: np.ndarray, canonical: Similarity, size: int, samples: int) -> None:
+    scene = copies.scene
+
+    def add(name: str, data: bpy.types.ID | None) -> bpy.types.Object:
+        obj = bpy.data.objects.new(name, data)
+        copies.temporary.append(obj)
+        scene.collection.objects.link(obj)
+        return obj
+
+    origin = add(".Track4D origin", None)
+    for copy in copies.items:
+        obj = add(".Track4D copy", copy.mesh)
+        obj.parent = origin  # its matrix_parent_inverse holds any matrix, also a sheared one
+        obj.matrix_parent_inverse = Matrix((from_world @ copy.matrix_world).tolist())
+    for direction, share in LAMPS:
+        lamp = bpy.data.lights.new(".Track4D lamp", "SUN")
+        copies.temporary.append(lamp)
+        lamp.energy, lamp.angle = np.pi * share, LAMP_ANGLE
+        obj = add(".Track4D lamp", lamp)
+        obj.matrix_world = Vector(canonical.rotation.T @ direction).to_track_quat("Z", "Y").to_matrix().to_4x4()
+        obj.visible_glossy = False  # highlights move with the camera, not with the surface
+    camera = bpy.data.cameras.new(".Track4D camera")
+    copies.temporary.append(camera)
+    scene.camera = add(".Track4D camera", camera)
+    scene.world = bpy.data.worlds.new(".Track4D world")
+    copies.temporary.append(scene.world)
+    if bpy.app.version < (5, 0, 0):
+        scene.world.use_nodes = True
+    background = next(node for node in scene.world.node_tree.nodes if node.type == "BACKGROUND")
+    background.inputs["Color"].default_value = (1.0, 1.0, 1.0, 1.0)
+    background.inputs["Strength"].default_value = AMBIENT
+    _set_up_render(scene, size, samples)
+
+
+def _set_up_render(scene: bpy.types.Scene, size: int, samples: int) -> None:
+    try:
+        scene.render.engine = "CYCLES"
+    except TypeError as error:
+        raise InputError("cycles_missing", "The render engine Cycles is switched off.",
+                         "Switch on 'Cycles Render Engine' in Preferences > Add-ons.") from error
+    render, cycles = scene.render, scene.cycles
+    render.resolution_x = render.resolution_y = size
+    render.resolution_percentage = 100
+    render.film_transparent = True
+    render.use_compositing = render.use_sequencer = render.use_motion_blur = False
+    scene.view_settings.view_transform = "Standard"
+    cycles.device, cycles.samples, cycles.seed = "CPU", samples, 0
+    cycles.use_adaptive_sampling = cycles.use_denoising = False
+    cycles.max_bounces = cycles.diffuse_bounces = cycles.glossy_bounces = BOUNCES
+    cycles.caustics_reflective = cycles.caustics_refractive = False
+    scene.view_layers[0].use_pass_z = True
+
+
+@contextmanager
+def _quiet_handlers() -> Iterator[None]:
+    """The user's handlers don't hear of a render that isn't theirs."""
+    kept = {name: list(getattr(bpy.app.handlers, name)) for name in HANDLERS}
+    try:
+        for name in HANDLERS:
+            getattr(bpy.app.handlers, name).clear()
+        yield
+    finally:
+        for name, functions in kept.items():
+            getattr(bpy.app.handlers, name)[:] = functions
+
+
+def _render(scene: bpy.types.Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Linear premultiplied colours [R, R, 4] and depth [R, R], bottom row first."""
+    from cycles import CyclesRender
+
+    passes: dict[str, np.ndarray] = {}
+    original = CyclesRender.__dict__["render"]
+
+    def render_and_keep(self, depsgraph):
+        original(self, depsgraph)
+        result = self.get_result()
+        for entry in result.layers[0].passes:
+            if entry.name in ("Combined", "Depth", "Z"):
+                flat = np.empty(result.resolution_x * result.resolution_y * entry.channels, np.float32)
+                entry.rect.foreach_get(flat)
+                passes[entry.name] = flat.reshape(result.resolution_y, result.resolution_x, entry.channels)
+
+    had_result = "Render Result" in bpy.data.images
+    CyclesRender.render = render_and_keep
+    try:
+        with _quiet_handlers():
+            bpy.ops.render.render(scene=scene.name)
+    except RuntimeError as error:
+        raise InputError("render_failed", f"Blender can't render the object: {str(error).strip()}",
+                         "Render it once yourself with Cycles to see what is wrong.") from error
+    finally:
+        CyclesRender.render = original
+        if not had_result and "Render Result" in bpy.data.images:
+            bpy.data.images.remove(bpy.data.images["Render Result"])
+    depth = passes.get("Depth", passes.get("Z"))
+    if "Combined" not in passes or depth is None:
+        raise InputError("render_failed", "Cycles gave no picture of the object.", "Render it once yourself with Cycles to see what is wrong.")
+    return passes["Combined"], depth[..., 0]

@@ -1,0 +1,169 @@
+"""Animated objects as files, with the settings under which every vertex of every frame comes back exactly.
+
+A file is made in a folder of its own beside its place and moved there when everything is done, so that there is never half a file.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import bpy
+from track4d_protocol.errors import InputError
+
+from . import actions, marks
+
+
+def export(objects: Sequence[bpy.types.Object], path: Path | str) -> Path:
+    """Writes objects with their Track4D motion to a file; `.blend` holds the whole open file, the others only the objects.
+
+    Args:
+        objects: mesh objects of the current view layer; their parents come with them.
+        path: its suffix says the format, one of `FORMATS`.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: unsupported_format, missing_folder, export_failed with Blender's own words.
+    """
+    with Staging() as staging:
+        staging.export(objects, path)
+        staging.commit()
+    return Path(path)
+
+
+def check_path(path: Path | str) -> Path:
+    """Refuses what can't be written, before any work is done."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise InputError("unsupported_format", f"Track4D can't write '{path.name}'.", f"Use one of {', '.join(FORMATS)}.")
+    return check_folder(path)
+
+
+def check_folder(path: Path) -> Path:
+    """Refuses a path whose folder isn't there or can't be written to."""
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError("missing_folder", f"The folder '{folder}' isn't there or can't be written to.", "Make it first.")
+    return path
+
+
+class Staging:
+    """Files on their way: all of them appear at `commit`, none if it isn't reached."""
+
+    def __init__(self) -> None:
+        self._folders: list[tuple[tempfile.TemporaryDirectory, Path]] = []
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for folder, _ in self._folders:
+            folder.cleanup()
+
+    def place(self, path: Path | str) -> Path:
+        """Where to write what will be `path`."""
+        path = check_folder(Path(path)).absolute()
+        folder = tempfile.TemporaryDirectory(prefix=".track4d-", dir=path.parent)
+        self._folders.append((folder, path))
+        return Path(folder.name) / path.name
+
+    def export(self, objects: Sequence[bpy.types.Object], path: Path | str) -> None:
+        """Like the function `export`, up to the commit."""
+        path = check_path(path)
+        place = self.place(path)
+        with _only(objects) as frames:
+            try:
+                FORMATS[path.suffix.lower()](str(place), frames)
+            except RuntimeError as error:
+                raise InputError("export_failed", f"Blender can't write '{path.name}': {str(error).strip()}", "Try another format.") from error
+        if not place.is_file():
+            raise InputError("export_failed", f"Blender wrote no '{path.name}'.", "Try another format.")
+
+    def commit(self) -> list[Path]:
+        """Moves everything to its place, the named files last; returns all paths."""
+        moved = []
+        for folder, path in self._folders:
+            root = Path(folder.name)
+            files = sorted((file for file in root.rglob("*") if file.is_file()), key=lambda file: file == root / path.name)
+            for file in files:
+                target = path.parent / file.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+                moved.append(target)
+        return moved
+
+
+@contextmanager
+def _only(objects: Sequence[bpy.types.Object]) -> Iterator[tuple[int, int]]:
+    """Selects just the objects and their parents and sets the scene's range to their motion; all as before afterwards."""
+    scene, layer = bpy.context.scene, bpy.context.view_layer
+    wanted = set(objects)
+    for obj in objects:
+        while obj.parent:
+            obj = obj.parent
+            wanted.add(obj)
+    selected, active = [obj for obj in layer.objects if obj.select_get()], layer.objects.active
+    frame, timing = (scene.frame_current, scene.frame_subframe), (scene.frame_start, scene.frame_end)
+    first, last = motion_range(objects) or timing
+    try:
+        for obj in layer.objects:
+            obj.select_set(obj in wanted)
+        layer.objects.active = objects[0]
+        scene.frame_start, scene.frame_end = first, last
+        yield first, last
+    finally:
+        scene.frame_start, scene.frame_end = timing
+        scene.frame_set(frame[0], subframe=frame[1])
+        for obj in layer.objects:
+            obj.select_set(obj in selected)
+        layer.objects.active = active
+
+
+def motion_range(objects: Sequence[bpy.types.Object]) -> tuple[int, int] | None:
+    """First and last frame of the scene in which a Track4D result moves the objects; None without one."""
+    times = []
+    for obj in objects:
+        keys = obj.data.shape_keys if obj.type == "MESH" else None
+        paths = marks.own_paths(keys)
+        for curve in actions.fcurves(keys) if paths else []:
+            if curve.data_path in paths:
+                times += list(curve.range())
+    return (int(min(times)), int(-(-max(times) // 1))) if times else None
+
+
+def _gltf(path: str, frames: tuple[int, int], form: str) -> None:
+    bpy.ops.export_scene.gltf(filepath=path, export_format=form, use_selection=True, export_yup=True, export_apply=False,
+                              export_morph=True, export_morph_normal=False, export_morph_tangent=False,  # normals: six times the size
+                              export_animations=True, export_animation_mode="ACTIONS", export_force_sampling=True,
+                              export_anim_slide_to_zero=True)
+
+
+def _fbx(path: str, frames: tuple[int, int]) -> None:
+    bpy.ops.export_scene.fbx(filepath=path, use_selection=True, path_mode="COPY", embed_textures=True, bake_anim=True,
+                             # with the defaults vertices are off by up to half the object's size
+                             bake_anim_use_all_actions=False, bake_anim_use_nla_strips=False, bake_anim_simplify_factor=0,
+                             bake_anim_force_startend_keying=True, use_mesh_modifiers=False, add_leaf_bones=False)
+
+
+def _usd(path: str, frames: tuple[int, int]) -> None:
+    bpy.ops.wm.usd_export(filepath=path, selected_objects_only=True, export_animation=True, export_shapekeys=False)
+
+
+def _alembic(path: str, frames: tuple[int, int]) -> None:
+    bpy.ops.wm.alembic_export(filepath=path, selected=True, start=frames[0], end=frames[1], uvs=True)
+
+
+def _blend(path: str, frames: tuple[int, int]) -> None:
+    bpy.ops.wm.save_as_mainfile(filepath=path, copy=True, compress=True, check_existing=False)
+
+
+FORMATS: dict[str, Callable[[str, tuple[int, int]], None]] = {
+    ".glb": lambda path, frames: _gltf(path, frames, "GLB"),
+    ".gltf": lambda path, frames: _gltf(path, frames, "GLTF_SEPARATE"),
+    ".blend": _blend, ".fbx": _fbx, ".usdc": _usd, ".usd": _usd, ".abc": _alembic,
+}
