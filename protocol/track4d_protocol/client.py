@@ -13,7 +13,7 @@ from zmq.utils.monitor import recv_monitor_message
 from . import __version__, codec
 from .errors import TransportError, error_from_dict
 from .keys import Connection
-from .limits import LIMITS
+from .limits import FILE_LIMITS, LIMITS
 from .messages import Job, Request, Result, check_request
 
 _SILENCE = 5.0  # seconds without a sign of the server after which it counts as lost
@@ -140,7 +140,7 @@ class Client:
             Track4DError: the error of a failed job.
         """
         size = self._ask("fetch", {"job": job_id}).body["bytes"]
-        if type(size) is not int or not 0 <= size <= LIMITS.message_bytes + 2 * LIMITS.header_bytes:
+        if type(size) is not int or not 0 <= size <= 2 * FILE_LIMITS.message_bytes:
             raise TransportError("too_large", f"The result has {size!r} bytes.", "Use fewer frames or a smaller object.")
         data = bytearray(size)
         starts = deque(range(0, size, LIMITS.chunk_bytes))
@@ -242,8 +242,8 @@ class Client:
     def _sort(self, message: codec.Message) -> None:
         if message.kind == "progress":
             self._updates.append(Job.from_dict(message.body["job"], message.arrays.get("preview")))
-        elif "serial" in message.body:
-            self._answers[message.body["serial"]] = message
+        elif message.body.get("serial") is not None:
+            self._answers[message.body.pop("serial")] = message
         elif message.kind == "error":
             raise error_from_dict(message.body["error"])
 

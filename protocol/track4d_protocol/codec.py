@@ -20,7 +20,7 @@ import numpy as np
 
 from . import PROTOCOL_VERSION
 from .errors import Track4DError, TransportError
-from .limits import LIMITS, Limits
+from .limits import FILE_LIMITS, LIMITS, Limits
 
 MAGIC = b"T4D"
 DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("uint8", "int32", "int64", "float32", "float64", "bool")}
@@ -108,7 +108,7 @@ def mismatch(theirs: int) -> TransportError:
                           f"Update the {older} so that both are of one release, and restart both.")
 
 
-def write_file(path: Path, body: Mapping[str, Any], arrays: Mapping[str, np.ndarray], limits: Limits = LIMITS,
+def write_file(path: Path, body: Mapping[str, Any], arrays: Mapping[str, np.ndarray], limits: Limits = FILE_LIMITS,
                tick: Callable[[], object] = lambda: None) -> int:
     """Writes a message without kind to a file that appears whole or not at all, and is on the disk when this returns.
 
@@ -145,7 +145,7 @@ def write_file(path: Path, body: Mapping[str, Any], arrays: Mapping[str, np.ndar
     return size
 
 
-def read_file(data: bytearray | bytes | memoryview, limits: Limits = LIMITS) -> Message:
+def read_file(data: bytearray | bytes | memoryview, limits: Limits = FILE_LIMITS) -> Message:
     """The inverse of `write_file`, from the file's bytes; arrays are views of them.
 
     Raises:
@@ -165,7 +165,7 @@ def read_file(data: bytearray | bytes | memoryview, limits: Limits = LIMITS) -> 
     body, declared = _unpack(view[_FILE_HEAD.size:end], limits)
     arrays = {}
     for name, dtype, shape, size in declared:
-        start = end + -end % _ALIGNMENT if size else end
+        start = end + -end % _ALIGNMENT
         end = start + size
         if end > view.nbytes:
             raise _bad(f"the file ends within the array '{name}'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Limits:
     Attributes:
         header_bytes: of one message's header.
         frame_bytes: of one array; the transport drops a peer that sends more.
-        message_bytes: of all arrays of one message or file.
+        message_bytes: of all arrays of one message.
         arrays: in one message or file.
         dimensions: of one array.
         vertices: of one request.
@@ -29,12 +29,12 @@ class Limits:
 
     header_bytes: int = 1 << 20
     frame_bytes: int = 512 << 20
-    message_bytes: int = 1 << 30
+    message_bytes: int = 512 << 20
     arrays: int = 512
     dimensions: int = 6
     vertices: int = 1_000_000
     faces: int = 2_000_000
-    frames: int = 256
+    frames: int = 600
     views: int = 16
     pixels: int = 2048
     prompt: int = 2000
@@ -48,3 +48,4 @@ class Limits:
 
 
 LIMITS = Limits()
+FILE_LIMITS = replace(LIMITS, frame_bytes=4 << 30, message_bytes=8 << 30)  # a result on disk; it travels in chunks

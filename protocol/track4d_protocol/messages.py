@@ -131,7 +131,7 @@ class Job:
     objects: list[str] = field(default_factory=list)
     prompt: str = ""
     created: float = 0.0
-    preview: np.ndarray | None = None
+    preview: np.ndarray | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the preview, which travels as an array."""

@@ -1,0 +1,259 @@
+"""The worker: one process that imports the pipeline, does one job at a time, and may die without harm to the server.
+
+It talks to the broker over the same encrypted socket as clients do, with a key pair of its own; requests and results stay on
+disk. The broker holds the other end of its standard input: when that closes, the server is gone and the worker ends too.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import zmq
+from track4d_protocol import codec
+from track4d_protocol.errors import Cancelled, ServerError, Track4DError
+from track4d_protocol.keys import Connection
+from track4d_protocol.local import LOG_FILE
+from track4d_protocol.messages import Request, Result
+
+from .store import load_request, result_path, storing
+
+_INTERVAL = 0.1  # seconds between two messages about progress
+_PREVIEW_SIDE = 512  # pixels; larger pictures are thinned out
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+log = logging.getLogger("track4d.worker")
+
+
+class WorkerProcess:
+    """The broker's handle on the worker.
+
+    Args:
+        connection: how the worker reaches the broker.
+        name: under which the broker knows its key.
+    """
+
+    def __init__(self, home: Path, work: str, connection: Connection, name: str) -> None:
+        self.name = name
+        self.identity: bytes | None = None  # of its socket, known from its first message
+        self.state = "starting"
+        setup = {"home": str(home), "work": work, "address": connection.address, "server": connection.server_key.decode(),
+                 "public": connection.public_key.decode(), "secret": connection.secret_key.decode()}
+        flags = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}
+        with open(home / LOG_FILE, "ab") as output:
+            self._process = subprocess.Popen([sys.executable, "-m", "track4d.service.worker"], stdin=subprocess.PIPE,
+                                             stdout=output, stderr=output, **flags)
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(setup).encode() + b"\n")
+        self._process.stdin.flush()  # and stays open: its end is the sign that the server is gone
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self) -> int | None:
+        """The exit code (negative: the signal), or None while it lives."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """Ends it at once and waits for that."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+class _Link:
+    """The worker's side of the connection to the broker."""
+
+    def __init__(self, setup: dict[str, str]) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.linger = 2000
+        self._socket.curve_serverkey = setup["server"].encode()
+        self._socket.curve_publickey, self._socket.curve_secretkey = setup["public"].encode(), setup["secret"].encode()
+        self._socket.connect(setup["address"])
+        self._lock = threading.Lock()  # the pipeline may report from a thread of its own
+
+    def say(self, kind: str, body: dict[str, Any], arrays: dict[str, np.ndarray] | None = None, wait: bool = True) -> None:
+        frames = codec.encode(kind, body, arrays)
+        with self._lock:
+            try:
+                self._socket.send_multipart(frames, flags=0 if wait else zmq.NOBLOCK)
+            except zmq.Again:
+                return  # progress that nobody can read now
+
+    def listen(self, wait: bool) -> codec.Message | None:
+        with self._lock:
+            try:
+                return codec.decode(self._socket.recv_multipart(flags=0 if wait else zmq.NOBLOCK))
+            except zmq.Again:
+                return None
+
+
+class _JobReport:
+    """The `Report` of one job: sends progress ten times a second, and raises `Cancelled` once the broker asked for it."""
+
+    def __init__(self, link: _Link, job_id: str) -> None:
+        self._link, self._job_id = link, job_id
+        self._stage = ""
+        self._stage_start = (0, 0.0)  # step, time
+        self._sent = 0.0
+        self._preview: np.ndarray | None = None
+        self._cancelled = False
+
+    def __call__(self, stage: str, step: int, total: int, preview: np.ndarray | None = None) -> None:
+        self._look_for_cancel()
+        now = time.monotonic()
+        new_stage = stage != self._stage
+        if new_stage or step < self._stage_start[0]:
+            self._stage, self._stage_start = stage, (step, now)
+        if preview is not None:
+            self._preview = _thinned(preview)
+        if not new_stage and step < total and now - self._sent < _INTERVAL:
+            return
+        body = {"job": self._job_id, "stage": stage, "step": int(step), "total": int(total),
+                "seconds_left": self._seconds_left(step, total, now)}
+        self._link.say("worker_progress", body, {} if self._preview is None else {"preview": self._preview}, wait=False)
+        self._sent, self._preview = now, None
+
+    def _seconds_left(self, step: int, total: int, now: float) -> float | None:
+        first_step, begun = self._stage_start
+        if step <= first_step or now - begun < 0.5:
+            return None
+        return round((now - begun) / (step - first_step) * max(0, total - step), 1)
+
+    def _look_for_cancel(self) -> None:
+        message = self._link.listen(wait=False)
+        if message is not None and message.kind == "cancel" and message.body.get("job") == self._job_id:
+            self._cancelled = True
+        if self._cancelled:
+            raise Cancelled()
+
+
+def _thinned(preview: np.ndarray) -> np.ndarray:
+    stride = -(-max(preview.shape[:2]) // _PREVIEW_SIDE)
+    return np.ascontiguousarray(preview[::stride, ::stride, :3], np.uint8)
+
+
+def perform(home: Path, job_id: str, work: Callable[[Request, Any], Result], report: Any, queued: float) -> None:
+    """Does one job: request file in, result file out.
+
+    Args:
+        queued: seconds that the job waited, for the report.
+
+    Raises:
+        Track4DError: what the pipeline raised, or what the disk did.
+    """
+    start = time.monotonic()
+    request = load_request(home, job_id)
+    loaded = time.monotonic()
+    _forget_peak()
+    result = work(request, report)
+    figures = {"queued_seconds": round(queued, 4), "load_seconds": round(loaded - start, 4),
+               "run_seconds": round(time.monotonic() - loaded, 4), "peak_memory_bytes": peak_memory()}
+    with storing(home):
+        codec.write_file(result_path(home, job_id), {"report": result.report | figures}, result.arrays)
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes: since the job began on Linux, since the process began elsewhere."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return int(memory.peak_wset)
+    import resource
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _forget_peak() -> None:
+    if sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError as error:  # the peak of the whole process then
+            log.info("the memory peak can't be reset: %s", error)
+
+
+def error_of(exception: BaseException, job_id: str) -> Track4DError:
+    """What the user is told about an exception: a `Track4DError` as it is, memory as such, the rest as a bug with its log."""
+    if isinstance(exception, Track4DError):
+        return exception
+    name = type(exception).__name__
+    if isinstance(exception, MemoryError) or "OutOfMemory" in name or "CUBLAS_STATUS_ALLOC_FAILED" in str(exception):
+        return ServerError("out_of_memory", "The memory was not enough for this job.",
+                           "Use the preset 'fast', smaller textures or a simpler object.")
+    return ServerError("internal_error", f"The server failed at the job {job_id}: {name}: {str(exception)[:300]}",
+                       f"Report this with the part of '{LOG_FILE}' in the server's folder that names the job.")
+
+
+def load(work: str) -> tuple[Callable[[Request, Any], Result], dict[str, str]]:
+    """Imports "module:function"; a function `describe() -> {"device", "model"}` beside it says what the server runs on.
+
+    Raises:
+        ServerError: `worker_unusable`.
+    """
+    try:
+        module_name, _, function = work.partition(":")
+        module = importlib.import_module(module_name)
+        info = module.describe() if hasattr(module, "describe") else {}
+        return getattr(module, function), {name: str(info.get(name, "")) for name in ("device", "model")}
+    except Exception as error:
+        log.exception("'%s' can't be loaded", work)
+        raise ServerError("worker_unusable", f"The server can't load its pipeline: {type(error).__name__}: {str(error)[:300]}",
+                          f"Run track4d doctor; '{LOG_FILE}' has the details.") from error
+
+
+def main() -> None:
+    """What the worker process runs."""
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the server decides
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stderr)
+    setup = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_server, daemon=True).start()
+    home, link = Path(setup["home"]), _Link(setup)
+    try:
+        work, info = load(setup["work"])
+    except ServerError as error:
+        link.say("worker_broken", {"error": error.to_dict()})
+        zmq.Context.instance().destroy(linger=2000)  # delivers the message
+        sys.exit(1)
+    link.say("worker_ready", info)
+    while True:
+        message = link.listen(wait=True)
+        if message is not None and message.kind == "work":
+            _one_job(home, link, work, str(message.body["job"]), float(message.body["queued_seconds"]))
+
+
+def _one_job(home: Path, link: _Link, work: Callable[[Request, Any], Result], job_id: str, queued: float) -> None:
+    try:
+        perform(home, job_id, work, _JobReport(link, job_id), queued)
+        link.say("worker_done", {"job": job_id})
+    except Cancelled:
+        link.say("worker_cancelled", {"job": job_id})
+    except Exception as exception:  # noqa: BLE001  whatever the pipeline does, the next job gets its chance
+        log.exception("job %s failed", job_id)
+        link.say("worker_failed", {"job": job_id, "error": error_of(exception, job_id).to_dict()})
+
+
+def _end_with_server() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)  # not sys.exit: the pipeline may be in the middle of a kernel
+
+
+if __name__ == "__main__":
+    main()
