@@ -6,6 +6,8 @@ import threading
 from pathlib import Path
 
 import psutil
+from track4d_protocol.keys import default_home
+from track4d_protocol.local import SERVER_LOCK
 
 
 class Footprint:
@@ -33,10 +35,9 @@ class Footprint:
             self.peak = max(self.peak, sum(_tree_memory(pid) for pid in self._roots()))
 
     def _roots(self) -> set[int]:
-        from track4d_protocol.local import server_pid
-
-        server = server_pid(self.home)
-        return {self.client} | ({server} if server else set())
+        note = (self.home or default_home()) / SERVER_LOCK  # read, not locked: a server may be starting just now
+        text = note.read_text("ascii").strip() if note.exists() else ""
+        return {self.client} | ({int(text)} if text.isdigit() else set())
 
 
 def _tree_memory(pid: int) -> int:

@@ -9,8 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from track4d_protocol import __version__
-from track4d_protocol.errors import InputError
-from track4d_protocol.messages import Request, Result
+from track4d_protocol.messages import Request, Result, check_request
 from track4d_protocol.space import BACKGROUND, Similarity, canonical_similarity
 
 from .gaussians.appearance import refine_appearance
@@ -19,11 +18,9 @@ from .geometry.mesh import Mesh, check_mesh
 from .geometry.zbuffer import over, render
 from .motion.appearance import estimate_shading
 from .motion.fit import Tracks3D, fit_motion
-from .presets import FITTED_FRAMES, VIDEO_SIZE, preset
+from .presets import FITTED_FRAMES, PRESETS, Preset
 from .progress import Report
 from .video.generator import MotionGenerator, decode_video
-
-MAX_FRAMES = 600  # of the result; the motion itself is continuous
 
 
 def run(request: Request, report: Report) -> Result:
@@ -41,9 +38,9 @@ def run(request: Request, report: Report) -> Result:
     """
     clock = Clock(report)
     settings, arrays = request.settings, request.arrays
-    quality = preset(settings.preset)
+    quality = PRESETS[settings.preset]
     warnings: list[dict[str, str]] = []
-    check_settings(request)
+    check_request(request)
 
     with clock("canonicalise"):
         mesh, similarity = canonical_mesh(request)
@@ -111,26 +108,6 @@ class Clock:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def check_settings(request: Request) -> None:
-    """Refuses what no stage could use.
-
-    Raises:
-        InputError: an unknown task, no prompt, a number of frames out of range, or an array that is missing.
-    """
-    settings = request.settings
-    if settings.task not in ("animate", "fit"):
-        raise InputError("unknown_task", f"There is no task '{settings.task}'.", "Use 'animate' or 'fit'.")
-    if settings.task == "animate" and not settings.prompt.strip():
-        raise InputError("empty_prompt", "The prompt is empty.", 'Say what the object does, for example "the fox is running".')
-    if not 2 <= settings.frames <= MAX_FRAMES:
-        raise InputError("bad_frames", f"{settings.frames} frames were asked for.", f"Choose 2 to {MAX_FRAMES} frames.")
-    needed = ["vertices", "faces", "viewmats", "Ks", "views" if settings.task == "animate" else "video"]
-    missing = [name for name in needed if name not in request.arrays]
-    if missing:
-        raise InputError("missing_arrays", f"The request has no {', '.join(missing)}.",
-                         "Update the extension and the server to the same version.")
-
-
 def canonical_mesh(request: Request) -> tuple[Mesh, Similarity]:
     """The request's mesh in canonical space, and the transform that took it there."""
     arrays = request.arrays
@@ -164,7 +141,7 @@ def still_views(video: np.ndarray) -> np.ndarray:
     return np.concatenate([first[:, 0, ..., :3], alpha], -1)
 
 
-def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, quality, seed: int) -> Cloud:
+def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, quality: Preset, seed: int) -> Cloud:
     """Gaussians on the mesh's vertices and triangles, their appearance fitted to the still pictures."""
     cloud = seed_cloud(mesh, quality.gaussians, torch.Generator().manual_seed(seed))
     pictures = torch.from_numpy(stills.astype(np.float32) / 255)  # [V, H, W, 4]
@@ -209,6 +186,3 @@ def turned_back(quats: torch.Tensor, similarity: Similarity) -> torch.Tensor:
     a, b, c, d = quats.unbind(-1)
     return torch.stack([w * a - x * b - y * c - z * d, w * b + x * a + y * d - z * c,
                         w * c - x * d + y * a + z * b, w * d + x * c - y * b + z * a], -1).float()
-
-
-__all__ = ["FITTED_FRAMES", "VIDEO_SIZE", "run"]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from track4d_protocol.errors import InputError
-
 from .motion.fit import DEFAULT, FAST, FitPreset
 
 FITTED_FRAMES = 16  # Track4DGen, section 6: videos have 16 frames; other numbers of frames are sampled from the fitted motion
-VIDEO_SIZE = 256  # pixels
 
 
 @dataclass(frozen=True)
@@ -29,18 +26,8 @@ class Preset:
     appearance_steps: int
 
 
+# The names that `track4d_protocol.messages.PRESETS` lets in.
 PRESETS = {
     "fast": Preset(sampling_steps=8, fit=FAST, gaussians=5_000, appearance_steps=40),
     "default": Preset(sampling_steps=25, fit=DEFAULT, gaussians=10_000, appearance_steps=80),
 }
-
-
-def preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        InputError: there is none.
-    """
-    if name not in PRESETS:
-        raise InputError("unknown_preset", f"There is no preset '{name}'.", f"Use one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
