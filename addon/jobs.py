@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import bpy
 from track4d_protocol.errors import InputError, Track4DError, error_from_dict
+from track4d_protocol.space import AZIMUTHS
 
 from . import client_thread as link
-from . import previews
+from . import marks, previews
 
 if TYPE_CHECKING:
     from track4d_protocol.messages import Job, Request, Result
 
+    from .capture import Snapshot
+
 log = logging.getLogger(__name__)
 
-APPLIED = "track4d_job"  # custom property of an object: the job whose motion it carries
 CAPTURE_TICK, BUSY_TICK, IDLE_TICK = 0.01, 0.1, 0.5  # seconds
 
 
@@ -48,9 +50,7 @@ class ActiveJob:
     id: str
     prompt: str
     objects: list[str]
-    uids: list[int] = field(
-        default_factory=list
-    )  # session-wide ids, which survive renaming and undo; empty for a job found on the server
+    seen: Snapshot | None = None  # the objects as they were captured; None for a job that was found on the server
     phase: Phase = Phase.CAPTURING
     stage: str = ""
     step: int = 0
@@ -68,6 +68,7 @@ class FinishedJob:
     objects: list[str]
     created: float = 0.0
     result: Result | None = None  # when it is here already
+    seen: Snapshot | None = None  # when it was captured in this session
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,18 @@ def start(context: bpy.types.Context, objects: list[bpy.types.Object]) -> str:
 
     Returns:
         The id of the job.
+
+    Raises:
+        InputError: the objects can't be animated; see `capture.snapshot`.
     """
-    from .capture import steps
+    from .capture import snapshot, steps
 
     settings = context.scene.track4d.to_message()
-    job = ActiveJob(uuid.uuid4().hex, settings.prompt, [o.name for o in objects], [o.session_uid for o in objects])
+    seen = snapshot(objects)
+    job = ActiveJob(uuid.uuid4().hex, settings.prompt, [item.name for item in seen.objects], seen, total=len(AZIMUTHS))
     state.active[job.id] = job
-    state.problem, state.warnings = None, []
-    _captures[job.id] = steps(context, objects, settings)
+    state.problem, state.warnings = None, [_warning(w) for w in seen.warnings]
+    _captures[job.id] = steps(seen, settings)
     attach(context, start=True)
     return job.id
 
@@ -139,14 +144,16 @@ def apply(context: bpy.types.Context, job_id: str) -> None:
     Raises:
         Track4DError: the objects are gone or have changed.
     """
+    from .capture import snapshot
+
     job = state.finished[job_id]
     if job.result is not None:
-        _apply(job.id, named_objects(job.objects), job.result)
+        _apply(job.id, job.seen or snapshot(named_objects(job.objects)), job.result)
         del state.finished[job_id]
         return
+    seen = snapshot(named_objects(job.objects))
     del state.finished[job_id]
-    objects = named_objects(job.objects)
-    state.active[job_id] = ActiveJob(job_id, job.prompt, job.objects, [o.session_uid for o in objects], Phase.FETCHING)
+    state.active[job_id] = ActiveJob(job_id, job.prompt, job.objects, seen, Phase.FETCHING)
     attach(context)
     assert _thread is not None
     _thread.commands.put(link.Fetch(job_id))
@@ -232,7 +239,7 @@ def _advance_capture() -> None:
     job_id, capture = next(iter(_captures.items()))
     job = state.active[job_id]
     try:
-        job.step, job.total = next(capture)
+        job.step = next(capture)
     except StopIteration as finished:
         del _captures[job_id]
         job.phase, job.step, job.total = Phase.SENDING, 0, 0
@@ -294,7 +301,7 @@ def _finish(job: ActiveJob, news: Job) -> None:
     """A job of this session is fetched and applied; one that was found on the server is offered."""
     if job.phase is Phase.FETCHING:
         return
-    if not job.uids:
+    if job.seen is None:
         del state.active[job.id]
         state.finished[job.id] = FinishedJob(job.id, job.prompt, job.objects, news.created)
         return
@@ -305,7 +312,7 @@ def _finish(job: ActiveJob, news: Job) -> None:
 
 def _offer(jobs: list[Job]) -> None:
     """The server's list, after connecting: what went on or ended while nobody watched."""
-    applied = {o.get(APPLIED) for o in bpy.data.objects}
+    applied = {marks.read(keys).get("job") for keys in bpy.data.shape_keys}
     for news in sorted(jobs, key=lambda job: -job.created):
         if news.id in state.active:
             _update(news)
@@ -324,28 +331,28 @@ def _receive(job_id: str, result: Result) -> None:
     previews.drop(job_id)
     if job is None:
         return
-    by_uid = {o.session_uid: o for o in bpy.data.objects}
-    objects = [by_uid[uid] for uid in job.uids if uid in by_uid]
-    if len(objects) == len(job.uids) and all(o.mode == "OBJECT" for o in objects):
+    assert job.seen is not None
+    here = {obj.session_uid for obj in bpy.data.objects if obj.mode == "OBJECT"}
+    if here.issuperset(item.session_uid for item in job.seen.objects):
         try:
-            _apply(job_id, objects, result)
+            _apply(job_id, job.seen, result)
             return
         except Track4DError as error:
             state.problem = _problem(error, job_id)
-    state.finished[job_id] = FinishedJob(job_id, job.prompt, job.objects, result=result)
+    state.finished[job_id] = FinishedJob(job_id, job.prompt, job.objects, result=result, seen=job.seen)
 
 
-def _apply(job_id: str, objects: list[bpy.types.Object], result: Result) -> None:
+def _apply(job_id: str, seen: Snapshot, result: Result) -> None:
     from .apply import shape_keys
+    from .capture import find_objects
 
-    shape_keys(objects, result, frame_start=objects[0].users_scene[0].frame_start if objects[0].users_scene else 1)
+    objects = find_objects(seen)
+    scenes = [*objects[0].users_scene, bpy.context.scene]
+    shape_keys(seen, result, frame_start=scenes[0].frame_start)
     for obj in objects:
-        obj[APPLIED] = job_id
+        obj.data.shape_keys[marks.MARK]["job"] = job_id
     state.last_report = result.report
-    state.warnings = [
-        Problem(str(w.get("code", "")), str(w.get("message", "")), str(w.get("action", "")), job_id)
-        for w in result.report.get("warnings", [])
-    ]
+    state.warnings = [_warning(warning) for warning in [*seen.warnings, *result.report.get("warnings", [])]]
     _push_undo("Track4D animation")
 
 
@@ -358,6 +365,10 @@ def _fail(job_id: str, error: Track4DError) -> None:
 def _drop(job_id: str) -> None:
     _dropped.add(job_id)
     previews.drop(job_id)
+
+
+def _warning(warning: dict[str, str]) -> Problem:
+    return Problem(warning["code"], warning["message"], warning["action"])
 
 
 def _problem(error: Track4DError, job_id: str = "") -> Problem:

@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 SHOWN_RESULTS = 5
 STAGES = {  # the server's names of its stages, as a user reads them
     "canonicalise": "Preparing the mesh",
-    "seed": "Placing Gaussians",
     "generate": "Imagining the motion",
-    "track": "Following points",
     "fit": "Fitting the motion",
+    "appearance": "Fitting the colours",
     "sample": "Sampling frames",
     "cancelling": "Cancelling",
 }

@@ -30,12 +30,8 @@ def show(job_id: str, picture: np.ndarray) -> None:
 
 
 def as_square(picture: np.ndarray) -> np.ndarray:
-    """The picture centred in a transparent square [S, S, 4] uint8; a strip of views becomes two rows."""
+    """The picture centred in a transparent square [S, S, 4] uint8, since Blender draws previews square."""
     height, width = picture.shape[:2]
-    views = width // height
-    if views >= 4 and views % 2 == 0 and width == views * height:
-        picture = np.concatenate(np.split(picture, 2, axis=1), axis=0)
-        height, width = picture.shape[:2]
     size = max(height, width)
     square = np.zeros((size, size, 4), np.uint8)
     top, left = (size - height) // 2, (size - width) // 2

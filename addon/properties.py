@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 FRONTS = (
     ("-Y", "-Y", "The object looks towards -Y, as in Blender's front view"),
-    ("Y", "+Y", "The object looks towards +Y"),
-    ("X", "+X", "The object looks towards +X, as in Blender's right view"),
+    ("+Y", "+Y", "The object looks towards +Y"),
+    ("+X", "+X", "The object looks towards +X, as in Blender's right view"),
     ("-X", "-X", "The object looks towards -X"),
 )
 PRESETS = (
@@ -40,7 +40,7 @@ class Track4DSettings(bpy.types.PropertyGroup):
         description="Length of the animation; the first frame is the object as it is now",
         default=16,
         min=2,
-        max=64,
+        max=250,
         options=set(),
     )
     preset: bpy.props.EnumProperty(name="Quality", items=PRESETS, default="default", options=set())

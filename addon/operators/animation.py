@@ -5,7 +5,7 @@ from __future__ import annotations
 import bpy
 from track4d_protocol.errors import Track4DError
 
-from .. import jobs
+from .. import jobs, marks
 
 
 class TRACK4D_OT_animate(bpy.types.Operator):
@@ -55,16 +55,24 @@ class TRACK4D_OT_remove_animation(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        if not any(jobs.APPLIED in o for o in context.selected_objects):
+        if not any(_animated(o) for o in context.selected_objects):
             cls.poll_message_set("Select an object that Track4D has animated")
             return False
         return True
 
     def execute(self, context: bpy.types.Context) -> set[str]:
-        for obj in context.selected_objects:
-            if jobs.APPLIED in obj:
-                jobs.remove(obj)
+        from ..apply import remove
+
+        try:
+            remove([o for o in context.selected_objects if _animated(o)])
+        except Track4DError as error:
+            self.report({"WARNING"}, f"{error.message} {error.action}")
+            return {"CANCELLED"}
         return {"FINISHED"}
+
+
+def _animated(obj: bpy.types.Object) -> bool:
+    return obj.type == "MESH" and marks.MARK in (obj.data.shape_keys or ())
 
 
 CLASSES = (TRACK4D_OT_animate, TRACK4D_OT_cancel, TRACK4D_OT_remove_animation)

@@ -1,0 +1,268 @@
+"""One Blender (the bpy module) with the built extension in a fresh user folder: run as a script with a scenario.
+
+    BLENDER_USER_RESOURCES=<fresh folder> python session.py <scenario> '<json arguments>'
+
+The module has no event loop, so a scenario calls `jobs.tick` itself, as often as Blender's timer would. The last line
+printed is the scenario's answer as JSON.
+"""
+
+import gc
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import bpy
+
+ID = "bl_ext.user_default.track4d"
+
+
+def install(archive: str) -> None:
+    bpy.ops.extensions.package_install_files(filepath=archive, repo="user_default", enable_on_install=True)
+    assert ID in bpy.context.preferences.addons, "the extension was not enabled"
+
+
+def use_server(connection: str = "", home: str = "", python: str = "") -> None:
+    chosen = bpy.context.preferences.addons[ID].preferences
+    chosen.connection_file, chosen.home, chosen.python = connection, home, python
+    chosen.server = "FILE" if connection else "LOCAL"
+
+
+def addon():
+    """The installed extension's modules `jobs` and `previews`."""
+    from bl_ext.user_default.track4d import jobs, previews
+
+    return jobs, previews
+
+
+def pump(done, seconds: float = 60.0) -> bool:
+    """Tick until `done()`; False when it took too long."""
+    jobs, _ = addon()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(min(jobs.tick(), 0.05))
+        if done():
+            return True
+    return False
+
+
+def monkey() -> bpy.types.Object:
+    """A selected Suzanne alone in the scene, with UVs."""
+    bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+    return add_monkey()
+
+
+def add_monkey() -> bpy.types.Object:
+    bpy.ops.mesh.primitive_monkey_add(calc_uvs=True)
+    return bpy.context.object
+
+
+def inventory() -> dict[str, list[str]]:
+    """Names of every data-block in the file."""
+    kinds = {p.identifier: p for p in bpy.data.bl_rna.properties if p.type == "COLLECTION"}
+    return {name: sorted(block.name for block in getattr(bpy.data, name)) for name in kinds}
+
+
+def shape(obj: bpy.types.Object) -> dict:
+    """How many shape keys there are and how far the vertices go from rest while the animation plays."""
+    keys = obj.data.shape_keys
+    scene = bpy.context.scene
+    farthest = 0.0
+    rest = [tuple(v.co) for v in obj.data.vertices]
+    for frame in range(scene.frame_start, scene.frame_start + 20):
+        scene.frame_set(frame)
+        mesh = obj.evaluated_get(bpy.context.evaluated_depsgraph_get()).data
+        farthest = max(farthest, max(abs(v.co[i] - r[i]) for v, r in zip(mesh.vertices, rest) for i in range(3)))
+    scene.frame_set(scene.frame_start)
+    return {"keys": len(keys.key_blocks) if keys else 0, "farthest": farthest}
+
+
+def animate(archive: str, prompt: str, blend: str, **server) -> dict:
+    """Press Animate, wait, look at the mesh; a file saved meanwhile must know nothing of the job."""
+    install(archive)
+    use_server(**server)
+    jobs, previews = addon()
+    obj = monkey()
+    bpy.context.scene.track4d.prompt = prompt
+    before = inventory()
+    assert bpy.ops.track4d.animate() == {"FINISHED"}
+    (job_id,) = jobs.state.active
+    assert pump(lambda: any(j.phase is jobs.Phase.RUNNING for j in jobs.state.active.values()) or not jobs.state.active)
+    running = inventory()
+    bpy.ops.wm.save_as_mainfile(filepath=blend, compress=False, copy=True)
+    stages, pictures = set(), 0
+
+    def look() -> bool:
+        nonlocal pictures
+        for job in jobs.state.active.values():
+            stages.add(job.stage)
+        pictures += len(previews._pictures or ())
+        return not jobs.state.active
+
+    finished = pump(look, 240)
+    after = inventory()
+    return {
+        "finished": finished, "problem": str(jobs.state.problem or ""), "stages": sorted(stages), "pictures": pictures,
+        "unchanged_while_running": running == before,
+        "new": {k: len(after[k]) - len(before[k]) for k in after if len(after[k]) != len(before[k])},
+        "saved_job": job_id.encode() in Path(blend).read_bytes(), "job": job_id, **shape(obj),
+        "warnings": [w.code for w in jobs.state.warnings], "pictures_left": len(previews._pictures or ()),
+    }  # fmt: skip
+
+
+def cancel(archive: str, when: str, **server) -> dict:
+    """Cancel while the object is photographed, or while the server works."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    monkey()
+    bpy.context.scene.track4d.prompt = "the monkey nods slowly"
+    before = inventory()
+    bpy.ops.track4d.animate()
+    (job,) = jobs.state.active.values()
+    if when == "capture":
+        assert pump(lambda: job.step >= 1)
+        assert job.phase is jobs.Phase.CAPTURING
+    else:
+        assert pump(lambda: job.phase is jobs.Phase.RUNNING and job.step > 1)
+    start = time.monotonic()
+    bpy.ops.track4d.cancel(job_id=job.id)
+    idle = not jobs.state.active
+    seconds = time.monotonic() - start
+    pump(lambda: False, 1.5)
+    return {
+        "idle": idle,
+        "seconds": seconds,
+        "same": inventory() == before,
+        "problem": str(jobs.state.problem or ""),
+        "job": job.id,
+    }
+
+
+def lost(archive: str, wait_file: str, **server) -> dict:
+    """The server dies and comes back while a job runs; nothing is clicked."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    obj = monkey()
+    bpy.context.scene.track4d.prompt = "the monkey nods slowly"
+    bpy.ops.track4d.animate()
+    (job,) = jobs.state.active.values()
+    assert pump(lambda: job.phase is jobs.Phase.RUNNING and job.step > 1)
+    Path(wait_file).write_text("running")
+    noticed = pump(lambda: jobs.state.server is jobs.link.Server.LOST, 20)
+    problem = jobs.state.server_problem.code if jobs.state.server_problem else ""
+    Path(wait_file).write_text("lost")
+    finished = pump(lambda: not jobs.state.active, 60)
+    return {
+        "noticed": noticed,
+        "code": problem,
+        "finished": finished,
+        "problem": str(jobs.state.problem or ""),
+        **shape(obj),
+    }
+
+
+def leave(archive: str, blend: str, **server) -> dict:
+    """Start a job, save the file, and quit."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    monkey()
+    bpy.context.scene.track4d.prompt = "the monkey nods"
+    bpy.ops.track4d.animate()
+    (job,) = jobs.state.active.values()
+    assert pump(lambda: job.phase is jobs.Phase.RUNNING)
+    bpy.ops.wm.save_as_mainfile(filepath=blend)
+    return {"job": job.id}
+
+
+def come_back(archive: str, blend: str, **server) -> dict:
+    """Open the file again: the result is offered, and applied by a click; after that it isn't offered any more."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    bpy.ops.wm.open_mainfile(filepath=blend)
+    jobs.wake(bpy.context)
+    pump(lambda: bool(jobs.state.finished), 30)
+    offered = list(jobs.state.finished)
+    bpy.ops.track4d.apply_result(job_id=offered[0])
+    pump(lambda: not jobs.state.active, 30)
+    obj = bpy.data.objects["Suzanne"]
+    answer = shape(obj)
+    jobs.shut_down()
+    jobs.wake(bpy.context)
+    pump(lambda: jobs.state.server is jobs.link.Server.CONNECTED, 20)
+    pump(lambda: False, 0.5)
+    bpy.ops.object.select_all(action="DESELECT")
+    obj.select_set(True)
+    again = list(jobs.state.finished)
+    bpy.ops.track4d.remove_animation()
+    return {
+        "offered": offered,
+        "again": again,
+        **answer,
+        "keys_after_removal": shape(obj)["keys"],
+        "problem": str(jobs.state.problem or ""),
+    }
+
+
+def failing(archive: str, **server) -> dict:
+    """A job that fails: the panel has its sentence, the report can be copied, and Animate works again."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    monkey()
+    bpy.context.scene.track4d.prompt = "the monkey fails"
+    bpy.ops.track4d.animate()
+    pump(lambda: not jobs.state.active)
+    from bl_ext.user_default.track4d.operators.report import problem_report
+
+    report, code = problem_report(), jobs.state.problem.code
+    ready = bpy.ops.track4d.animate.poll()
+    bpy.ops.track4d.dismiss_error()
+    return {"code": code, "report": report, "ready": ready, "dismissed": jobs.state.problem is None}
+
+
+def no_server(archive: str, **server) -> dict:
+    """Without a server the panel says so, with a button that exists."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    from bl_ext.user_default.track4d import panels
+
+    jobs.wake(bpy.context)
+    pump(lambda: jobs.state.server_problem is not None, 20)
+    code = jobs.state.server_problem.code
+    operator = panels.FIXES[code][0].split(".")[1]
+    return {"code": code, "fix": operator in dir(bpy.ops.track4d)}
+
+
+def register_twice(archive: str) -> dict:
+    """What is left after the extension was switched off, on, and off again."""
+    before_types, before_threads = set(dir(bpy.types)), threading.active_count()
+    install(archive)
+    jobs, previews = addon()
+    package = sys.modules[ID]
+    for _ in range(2):
+        jobs.wake(bpy.context)
+        jobs.tick()
+        package.unregister()
+        package.register()
+    package.unregister()
+    gc.collect()
+    left = sorted(n for n in set(dir(bpy.types)) - before_types if "track4d" in n.lower())
+    answer = {
+        "types": left, "scene": hasattr(bpy.types.Scene, "track4d"), "threads": threading.active_count() - before_threads,
+        "timer": bpy.app.timers.is_registered(jobs._timer), "operators": dir(bpy.ops.track4d),
+    }  # fmt: skip
+    package.register()
+    return answer
+
+
+if __name__ == "__main__":
+    scenario, arguments = sys.argv[1:3]
+    answer = globals()[scenario](**json.loads(arguments))
+    addon()[0].shut_down()
+    print(json.dumps(answer), flush=True)

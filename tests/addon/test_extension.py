@@ -1,0 +1,240 @@
+"""The extension as users get it: the zip built, installed into a Blender of its own, and used against a real server."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import tomllib
+from track4d_protocol import __version__
+from track4d_protocol.client import Client
+from track4d_protocol.errors import TransportError
+from track4d_protocol.keys import read_connection
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+MANIFEST = tomllib.loads((ROOT / "blender_manifest.toml").read_text("utf-8"))
+
+
+def load(path: Path):
+    spec = spec_from_file_location(path.stem, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def builder():
+    return load(ROOT / "tools" / "build_extension.py")
+
+
+@pytest.fixture(scope="session")
+def archive() -> Path:
+    """The zip that `make extension` gives."""
+    done = subprocess.run([sys.executable, ROOT / "tools" / "build_extension.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return ROOT / "dist" / f"track4d-{MANIFEST['version']}.zip"
+
+
+@pytest.fixture
+def blender(archive, tmp_path):
+    """blender(scenario, **arguments) runs a scenario of session.py in a Blender with an empty user folder."""
+
+    def command(scenario: str, **arguments) -> tuple[list[str], dict[str, str]]:
+        environment = os.environ | {
+            "BLENDER_USER_RESOURCES": str(tmp_path / "blender"),
+            "TRACK4D_HOME": str(tmp_path / "no server"),
+        }
+        arguments = {"archive": str(archive)} | {k: str(v) for k, v in arguments.items()}
+        return [sys.executable, str(HERE / "session.py"), scenario, json.dumps(arguments)], environment
+
+    def run(scenario: str, **arguments) -> dict:
+        line, environment = command(scenario, **arguments)
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    run.command = command
+    return run
+
+
+class TestServer:
+    """A server process in a home of its own, with the tiny work."""
+
+    __test__ = False
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.connection = home, home / "connection.json"
+        self.start()
+
+    def start(self) -> None:
+        code = "import sys, pathlib, track4d.service as s; s.serve(pathlib.Path(sys.argv[1]), work='tiny_work:run')"
+        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        self.home.mkdir(exist_ok=True)
+        self.log = open(self.home / "test.log", "ab")  # noqa: SIM115 - closed in `stop`
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(self.home)], env=environment, stdout=self.log, stderr=self.log
+        )
+        end = time.monotonic() + 30
+        while True:
+            try:
+                with Client(read_connection(self.connection), timeout=1.0) as client:
+                    client.hello()
+                return
+            except TransportError:
+                assert self.process.poll() is None and time.monotonic() < end, (self.home / "test.log").read_text()
+                time.sleep(0.1)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def job(self, job_id: str):
+        with Client(read_connection(self.connection)) as client:
+            return next(job for job in client.jobs() if job.id == job_id)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self.log.close()
+
+
+@pytest.fixture
+def server(tmp_path):
+    running = TestServer(tmp_path / "home")
+    yield running
+    running.stop()
+
+
+def test_blender_accepts_the_wheels_on_both_of_its_pythons(builder):
+    tool = load(builder.blender_tool())
+    assert tool.python_versions_from_wheels(MANIFEST["wheels"]) == {(3, 11), (3, 13)}
+
+
+@pytest.mark.parametrize("platform", MANIFEST["platforms"])
+def test_every_platform_has_one_wheel_of_each_package_for_each_python(builder, platform):
+    tool = load(builder.blender_tool())
+    wheels = [builder.Wheel.parse(w) for w in tool.paths_filter_wheels_by_platform(MANIFEST["wheels"], platform)]
+    found = sorted((w.name, w.python) for w in wheels)
+    assert found == [
+        ("msgpack", "cp311"),
+        ("msgpack", "cp313"),
+        ("pyzmq", "cp311"),
+        ("pyzmq", "cp312"),
+        ("track4d_protocol", "py3"),
+    ]
+
+
+def test_versions_agree(builder):
+    protocol = next(
+        w
+        for w in builder.manifest_wheels((ROOT / "blender_manifest.toml").read_text("utf-8"))
+        if w.name == "track4d_protocol"
+    )
+    assert MANIFEST["version"] == protocol.version == __version__
+    assert (protocol.python, protocol.abi, protocol.platform) == ("py3", "none", "any")
+
+
+def test_another_python_needs_only_wheels_without_stable_abi(builder):
+    wheels = builder.manifest_wheels((ROOT / "blender_manifest.toml").read_text("utf-8"))
+    added = builder.with_python(wheels, "3.14")
+    assert {(w.name, w.python, w.abi) for w in added} == {("msgpack", "cp314", "cp314")}
+    assert len(added) == len(MANIFEST["platforms"])
+    assert builder.with_python(wheels, "3.13") == []
+
+
+def test_zip_holds_the_extension_and_nothing_else(archive, builder):
+    with zipfile.ZipFile(archive) as content:
+        names = set(content.namelist())
+        protocol = zipfile.ZipFile(content.open(f"wheels/track4d_protocol-{__version__}-py3-none-any.whl")).namelist()
+    assert {"blender_manifest.toml", "__init__.py", "LICENSE", "operators/animation.py", "capture/__init__.py"} <= names
+    assert {Path(w).name for w in MANIFEST["wheels"]} == {Path(n).name for n in names if n.endswith(".whl")}
+    allowed = {p.relative_to(ROOT / "addon").as_posix() for p in (ROOT / "addon").rglob("*.py")} | {
+        "blender_manifest.toml",
+        "LICENSE",
+    }
+    assert {n for n in names if not n.startswith("wheels/")} <= allowed
+    assert "track4d_protocol/client.py" in protocol
+
+
+def test_building_again_needs_no_network(archive):
+    before = archive.read_bytes()
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_INDEX_URL": "http://127.0.0.1:9/"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "build_extension.py"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(archive.read_bytes()) == pytest.approx(len(before), rel=0.01)
+
+
+def test_animate_moves_the_mesh_and_leaves_nothing_else(blender, server, tmp_path):
+    answer = blender(
+        "animate", connection=server.connection, prompt="the monkey nods", blend=tmp_path / "while_running.blend"
+    )
+    assert answer["finished"] and not answer["problem"]
+    assert answer["keys"] == 17 and answer["farthest"] > 0.05
+    assert answer["stages"][-1] == "fit" and answer["pictures"] > 0 and answer["pictures_left"] == 0
+    assert answer["unchanged_while_running"] and not answer["saved_job"]
+    assert answer["new"] == {"shape_keys": 1, "actions": 1}
+    assert answer["warnings"][-1] == "tiny_work"
+
+
+@pytest.mark.parametrize("when", ["capture", "work"])
+def test_cancel_is_immediate_and_leaves_the_file_as_it_was(blender, server, when):
+    answer = blender("cancel", when=when, connection=server.connection)
+    assert answer["idle"] and answer["seconds"] < 1 and answer["same"] and not answer["problem"]
+    if when == "work":
+        end = time.monotonic() + 15
+        while server.job(answer["job"]).state.value != "cancelled":
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+
+def test_a_server_that_dies_and_returns_is_found_again(blender, server, tmp_path):
+    signal_file = tmp_path / "signal"
+    line, environment = blender.command("lost", connection=server.connection, wait_file=signal_file)
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for word, act in (("running", server.kill), ("lost", server.start)):
+        end = time.monotonic() + 60
+        while not signal_file.exists() or signal_file.read_text() != word:
+            assert process.poll() is None and time.monotonic() < end, process.communicate()
+            time.sleep(0.05)
+        act()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    answer = json.loads(output.strip().splitlines()[-1])
+    assert answer["noticed"] and answer["code"] in ("server_lost", "server_unreachable")
+    assert answer["finished"] and not answer["problem"] and answer["keys"] == 17
+
+
+def test_a_result_waits_for_a_blender_that_was_closed(blender, server, tmp_path):
+    job = blender("leave", connection=server.connection, blend=tmp_path / "monkey.blend")["job"]
+    answer = blender("come_back", connection=server.connection, blend=tmp_path / "monkey.blend")
+    assert answer["offered"] == [job] and answer["again"] == []
+    assert answer["keys"] == 17 and answer["farthest"] > 0.05 and not answer["problem"]
+    assert answer["keys_after_removal"] == 0
+
+
+def test_a_failed_job_leaves_a_sentence_and_a_working_panel(blender, server):
+    answer = blender("failing", connection=server.connection)
+    assert answer["code"] and answer["code"] in answer["report"] and "Blender 5" in answer["report"]
+    assert answer["ready"] and answer["dismissed"]
+    assert read_connection(server.connection).secret_key.decode() not in answer["report"]
+
+
+def test_without_a_server_the_panel_offers_to_start_it(blender):
+    assert blender("no_server") == {"code": "server_not_running", "fix": True}
+
+
+def test_switching_off_leaves_nothing(blender):
+    answer = blender("register_twice")
+    assert answer == {"types": [], "scene": False, "threads": 0, "timer": False, "operators": []}

@@ -1,0 +1,24 @@
+"""Work for a server under test: the motion is a wave; "slowly" in the prompt makes it last, "fails" makes it fail."""
+
+import time
+
+import numpy as np
+from track4d_protocol.messages import Request, Result
+
+
+def run(request: Request, report) -> Result:
+    """A vertical wave through the captured vertices, at rest in frame 0."""
+    settings, vertices = request.settings, request.arrays["vertices"]
+    steps = 100 if "slowly" in settings.prompt else 8
+    for step in range(steps):
+        shade = np.full((64, 64, 3), int(255 * step / steps), np.uint8)
+        report("fit", step, steps, preview=shade if step % 4 == 0 else None)
+        time.sleep(0.05)
+    if "fails" in settings.prompt:
+        raise ValueError("the work was told to fail")
+    time_axis = np.linspace(0, 1, settings.frames, dtype=np.float32)  # [F]
+    lift = np.sin(2 * np.pi * time_axis)[:, None] * (1 + vertices[None, :, 0])  # [F, N]
+    moved = np.repeat(vertices[None], settings.frames, 0)  # [F, N, 3]
+    moved[..., 2] += 0.2 * lift
+    warning = {"code": "tiny_work", "message": "This is not the real pipeline.", "action": "Ignore it."}
+    return Result({"prompt": settings.prompt, "seed": settings.seed, "warnings": [warning]}, {"vertices": moved})
