@@ -18,6 +18,7 @@ from .geometry.mesh import Mesh, check_mesh
 from .geometry.zbuffer import over, render
 from .motion.appearance import estimate_shading
 from .motion.fit import Tracks3D, fit_motion
+from .motion.footage import read_footage
 from .presets import FITTED_FRAMES, PRESETS, Preset
 from .progress import Report
 from .video.generator import MotionGenerator, decode_video
@@ -60,7 +61,7 @@ def run(request: Request, report: Report) -> Result:
             report("generate", quality.sampling_steps, quality.sampling_steps, preview=grid(over(video[:, len(video[0]) // 3] / 255.0, BACKGROUND)))
     else:
         video, tracks = arrays["video"], None
-        stills = still_views(video)
+        stills = read_footage(video, viewmats, Ks).straight_views()
         shading = estimate_shading(mesh, stills, viewmats, Ks)
 
     with clock("fit"):  # Stage Two
@@ -130,15 +131,6 @@ def word_warnings(generator: MotionGenerator, prompt: str) -> list[dict[str, str
         return []
     return [{"code": "unknown_words", "message": f"The model does not know: {', '.join(unknown)}.",
              "action": f"It knows these motions: {', '.join(generator.known_verbs())}."}]
-
-
-def still_views(video: np.ndarray) -> np.ndarray:
-    """Frame 0 of a video [V, F, H, W, 3 or 4] as straight RGBA pictures [V, H, W, 4] uint8."""
-    from .motion.fit import video_masks
-
-    first = video[:, :1]
-    alpha = (video_masks(first)[:, 0, ..., None] * 255).astype(np.uint8)
-    return np.concatenate([first[:, 0, ..., :3], alpha], -1)
 
 
 def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, quality: Preset, seed: int) -> Cloud:
