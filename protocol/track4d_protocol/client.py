@@ -64,7 +64,8 @@ class Client:
         self.close()
 
     def hello(self) -> dict[str, Any]:
-        """What the server is: server_version, protocol, device, model, limits, worker ("starting", "ready" or "busy").
+        """What the server is: server_version, protocol, device, model, limits, worker ("starting", "ready", "busy" or
+        "failed", then with worker_error).
 
         Raises:
             TransportError: `server_unreachable`, `not_authorised` or `protocol_mismatch`.
@@ -109,6 +110,7 @@ class Client:
             if left <= 0:
                 break
             self._receive(min(left, 0.5))
+            self._check_silence(_SILENCE)
         newest: dict[str, Job] = {}
         while self._updates:
             job = self._updates.popleft()
@@ -116,8 +118,7 @@ class Client:
             if job.preview is None and before is not None:
                 job.preview = before.preview
             newest[job.id] = job
-        if not newest:
-            self._check_silence(_SILENCE)
+        self._check_silence(_SILENCE)
         return list(newest.values())
 
     def jobs(self) -> list[Job]:
@@ -153,7 +154,7 @@ class Client:
             chunk = self._answer(serial).arrays["chunk"]
             if chunk.nbytes != min(LIMITS.chunk_bytes, size - start):
                 raise TransportError("bad_message", "A part of the result has the wrong size.", "Fetch the result again.")
-            data[start:start + chunk.nbytes] = memoryview(chunk)
+            data[start:start + chunk.nbytes] = chunk.tobytes()
         content = codec.read_file(data)
         return Result(content.body["report"], content.arrays)
 

@@ -239,7 +239,7 @@ def _check_declared(declared: list[Any], limits: Limits) -> None:
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+    return memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
 
 
 def _plain(value: Any) -> Any:

@@ -81,13 +81,12 @@ def _start(home: Path, python: str) -> subprocess.Popen[bytes]:
     log = home / LOG_FILE
     if log.exists() and log.stat().st_size > _LOG_BYTES:
         os.replace(log, log.with_suffix(".log.1"))
-    detached: dict = {"start_new_session": True}
-    if sys.platform == "win32":
-        detached = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
+    flags = getattr(subprocess, "CREATE_NO_WINDOW", 0) | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # of Windows
     with open(log, "ab") as output:
         try:
             process = subprocess.Popen([python, "-m", "track4d", "serve", "--home", str(home)], stdin=subprocess.DEVNULL,
-                                       stdout=output, stderr=output, cwd=home, **detached)
+                                       stdout=output, stderr=output, cwd=home, start_new_session=os.name == "posix",
+                                       creationflags=flags)
         except OSError as error:
             raise TransportError("server_not_started", f"The interpreter '{python}' can't be run: {error.strerror}.",
                                  "Choose the Python that Track4D is installed in.") from error

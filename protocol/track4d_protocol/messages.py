@@ -48,7 +48,7 @@ class Settings:
         """
         if not isinstance(data, dict):
             raise InputError("bad_settings", "The settings are not a map.", "Update the add-on and the server.")
-        values = {}
+        values: dict[str, Any] = {}
         for entry in fields(cls):
             value = data.get(entry.name, entry.default)
             if type(value) is not type(entry.default):

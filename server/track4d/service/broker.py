@@ -29,13 +29,14 @@ from track4d_protocol.local import LOG_FILE, SERVER_LOCK
 from track4d_protocol.messages import Job, JobState, Request, Settings, check_request
 
 from .access import LOCAL_CLIENT, Gatekeeper, grant, private_folder, server_keys
+from .process import WorkerProcess
 from .store import Store, result_path, storing
-from .worker import WorkerProcess
 
 _HEARTBEAT = 1.0  # seconds between two signs of life
 _GRACE = 3.0  # seconds that a worker has to stop a cancelled job before it is killed
 _TICK = 0.2  # seconds after which the broker looks at the worker's process
 _OUTBOX = 64  # answers that wait for a client that doesn't read; one more and it is dropped
+_Answer = tuple[str, dict[str, Any], dict[str, np.ndarray]]  # kind, body, arrays
 log = logging.getLogger("track4d.service")
 
 
@@ -105,7 +106,7 @@ class Broker:
         self._worker: WorkerProcess | None = None
         self._worker_count = 0
         self._early_ends = 0  # of workers that never were ready, in a row
-        self._broken = False
+        self._broken: dict[str, str] | None = None  # why no worker can start
         self._beaten = 0.0
         self._store = Store(home)
         self._context = zmq.Context()
@@ -113,14 +114,14 @@ class Broker:
         with storing(home):
             keys = server_keys(home)
             self._socket = self._listen(address, keys)
-            bound = self._socket.getsockopt(zmq.LAST_ENDPOINT).decode("ascii").rstrip("\0")
+            bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
             self._local = bound.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
             self._server_key = keys.server_key
             write_connection(home / CONNECTION_FILE, grant(home, LOCAL_CLIENT, self._local))
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._gatekeeper.socket, zmq.POLLIN)
-        self._answers: dict[str, Callable[[_Peer, codec.Message, str], list[Any]]] = {
+        self._answers: dict[str, Callable[[_Peer, codec.Message, str], _Answer]] = {
             "hello": self._hello, "submit": self._submit, "watch": self._watch, "jobs": self._jobs, "cancel": self._cancel,
             "fetch": self._fetch, "chunk": self._chunk, "forget": self._forget, "shutdown": self._shutdown}
         self._events: dict[str, Callable[[codec.Message], None]] = {
@@ -154,6 +155,9 @@ class Broker:
         """Ends the worker and the socket, and takes the connection file away. Jobs wait for the next start."""
         if self._worker is not None:
             self._worker.kill()
+        if self._running is not None:
+            with contextlib.suppress(ServerError):  # the next start does the same
+                self._store.interrupted(self._running.job_id)
         for peer in list(self._peers.values()):
             self._deliver(peer)
         (self._home / CONNECTION_FILE).unlink(missing_ok=True)
@@ -230,29 +234,29 @@ class Broker:
         else:
             self._deliver(peer)
 
-    def _hello(self, peer: _Peer, message: codec.Message, user: str) -> tuple[str, dict[str, Any], dict]:
-        state = "starting" if self._worker is None else self._worker.state
+    def _hello(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
+        state = "failed" if self._broken else "starting" if self._worker is None else self._worker.state
         return "hello", {"server_version": __version__, "protocol": PROTOCOL_VERSION, "limits": LIMITS.to_dict(),
-                         "worker": state, **self._info}, {}
+                         "worker": state, "worker_error": self._broken, **self._info}, {}
 
-    def _submit(self, peer: _Peer, message: codec.Message, user: str) -> tuple[str, dict[str, Any], dict]:
+    def _submit(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         request = Request(Settings.from_dict(message.body.get("settings")), message.body.get("objects", []), message.arrays)
         check_request(request)
         job = self._store.add(message.body.get("job", ""), request, tick=self._beat)
-        self._broken = False
+        self._broken = None
         return self._about(job.id)
 
-    def _watch(self, peer: _Peer, message: codec.Message, user: str) -> tuple[str, dict[str, Any], dict]:
+    def _watch(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         job_id = self._store.get(message.body.get("job", "")).id
         kind, body, arrays = self._about(job_id, with_preview=True)
         peer.watched[job_id] = self._running.preview_number if self._running and self._running.job_id == job_id else 0
         peer.news.add(job_id)  # so that whoever only polls learns of a job that ended before it was watched
         return kind, body, arrays
 
-    def _jobs(self, peer: _Peer, message: codec.Message, user: str) -> tuple[str, dict[str, Any], dict]:
+    def _jobs(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         return "jobs", {"jobs": [self._current(job).to_dict() for job in self._store.all()]}, {}
 
-    def _cancel(self, peer: _Peer, message: codec.Message, user: str) -> tuple[str, dict[str, Any], dict]:
+    def _cancel(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         job = self._store.get(message.body.get("job", ""))
         if job.state is JobState.QUEUED:
             self._store.finish(replace(job, state=JobState.CANCELLED))
@@ -264,10 +268,10 @@ class Broker:
             self._tell_about(job.id)
         return self._about(job.id)
 
-    def _fetch(self, peer: _Peer, message: codec.Message, user: str) -> tuple[str, dict[str, Any], dict]:
+    def _fetch(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         return "fetch", {"bytes": self._finished(message).stat().st_size}, {}
 
-    def _chunk(self, peer: _Peer, message: codec.Message, user: str) -> tuple[str, dict[str, Any], dict]:
+    def _chunk(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         start = message.body.get("start")
         if type(start) is not int or start < 0:
             raise InputError("bad_message", f"A part of a result can't start at {start!r}.", "Update the add-on and the server.")
@@ -286,7 +290,7 @@ class Broker:
             raise ServerError("result_lost", f"The result of the job '{job.id}' is not on the disk any more.", "Start it again.")
         return path
 
-    def _forget(self, peer: _Peer, message: codec.Message, user: str) -> tuple[str, dict[str, Any], dict]:
+    def _forget(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         job = self._store.get(message.body.get("job", ""))
         if not job.state.final:
             raise InputError("job_running", f"The job '{job.id}' is {job.state.value}.", "Cancel it first.")
@@ -296,7 +300,7 @@ class Broker:
             other.news.discard(job.id)
         return "forget", {}, {}
 
-    def _shutdown(self, peer: _Peer, message: codec.Message, user: str) -> tuple[str, dict[str, Any], dict]:
+    def _shutdown(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         if user != LOCAL_CLIENT:
             raise InputError("not_local", "Only a client on the server's own machine can end the server.",
                              "Stop it where it runs.")
@@ -306,7 +310,7 @@ class Broker:
 
     # Messages out
 
-    def _about(self, job_id: str, with_preview: bool = False) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    def _about(self, job_id: str, with_preview: bool = False) -> _Answer:
         job = self._current(self._store.get(job_id))
         preview = job.preview if with_preview else None
         return "job", {"job": job.to_dict()}, {} if preview is None else {"preview": preview}
@@ -382,10 +386,13 @@ class Broker:
         if self._worker is None or user != self._worker.name:
             return  # the last words of one that was killed
         self._worker.identity = identity
-        message = codec.decode([frame.buffer for frame in frames])
-        about = message.body.get("job")
-        if about is None or (self._running is not None and self._running.job_id == about):
-            self._events[message.kind](message)
+        try:
+            message = codec.decode([frame.buffer for frame in frames])
+            about = message.body.get("job")
+            if about is None or (self._running is not None and self._running.job_id == about):
+                self._events[message.kind](message)
+        except Exception:  # noqa: BLE001  the worker runs code of others; whatever it says, the server goes on
+            log.exception("a message of %s failed", user)
 
     def _worker_ready(self, message: codec.Message) -> None:
         assert self._worker is not None
@@ -425,7 +432,7 @@ class Broker:
             log.warning("%s ignores a cancel; killed", worker.name)
             worker.kill()
         if worker is None:
-            if not self._broken:
+            if self._broken is None:
                 self._start_worker()
             return
         code = worker.ended()
@@ -439,7 +446,7 @@ class Broker:
         self._worker = None
         if self._running is not None:
             self._job_crashed(self._running, code)
-        elif worker.state == "starting" and not self._broken:
+        elif worker.state == "starting" and self._broken is None:
             self._early_ends += 1
             if self._early_ends >= 2:
                 self._give_up(_died(code).to_dict())
@@ -456,7 +463,7 @@ class Broker:
 
     def _give_up(self, error: dict[str, str]) -> None:
         """No worker can start: jobs that wait fail with the reason, and the next request tries again."""
-        self._broken = True
+        self._broken = error
         for job_id in self._store.queue():
             job = replace(self._store.get(job_id), state=JobState.FAILED, error=error)
             self._unsaved.append(job)
@@ -513,8 +520,7 @@ def _died(code: int) -> ServerError:
 
 def _user(frames: list[zmq.Frame]) -> str:
     """Whose key sent a message, as the gatekeeper named it."""
-    name = frames[0].get("User-Id") if frames else ""
-    return name if isinstance(name, str) else name.decode("utf-8", "replace")
+    return str(frames[0].get("User-Id")) if frames else ""
 
 
 @contextlib.contextmanager

@@ -129,6 +129,12 @@ class Store:
         """The user wants the running job to stop; this survives a restart."""
         self._update(job_id, cancelling=1)
 
+    def interrupted(self, job_id: str) -> None:
+        """The server ends in good order while the job runs: it waits for the next start, unless the user had cancelled it."""
+        with storing(self.home):
+            self._database.execute("UPDATE jobs SET state = CASE cancelling WHEN 1 THEN ? ELSE ? END WHERE id = ?",
+                                   (JobState.CANCELLED.value, JobState.QUEUED.value, job_id))
+
     def crashed(self, job_id: str) -> bool:
         """Counts a worker's end under a job and puts the job back into the queue; False when that was once too often."""
         self._update(job_id, counting="crashes", state=JobState.QUEUED.value)

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +24,6 @@ import psutil
 import zmq
 from track4d_protocol import codec
 from track4d_protocol.errors import Cancelled, ServerError, Track4DError
-from track4d_protocol.keys import Connection
 from track4d_protocol.local import LOG_FILE
 from track4d_protocol.messages import Request, Result
 
@@ -37,49 +35,11 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 log = logging.getLogger("track4d.worker")
 
 
-class WorkerProcess:
-    """The broker's handle on the worker.
-
-    Args:
-        connection: how the worker reaches the broker.
-        name: under which the broker knows its key.
-    """
-
-    def __init__(self, home: Path, work: str, connection: Connection, name: str) -> None:
-        self.name = name
-        self.identity: bytes | None = None  # of its socket, known from its first message
-        self.state = "starting"
-        setup = {"home": str(home), "work": work, "address": connection.address, "server": connection.server_key.decode(),
-                 "public": connection.public_key.decode(), "secret": connection.secret_key.decode()}
-        flags = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}
-        with open(home / LOG_FILE, "ab") as output:
-            self._process = subprocess.Popen([sys.executable, "-m", "track4d.service.worker"], stdin=subprocess.PIPE,
-                                             stdout=output, stderr=output, **flags)
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(setup).encode() + b"\n")
-        self._process.stdin.flush()  # and stays open: its end is the sign that the server is gone
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def ended(self) -> int | None:
-        """The exit code (negative: the signal), or None while it lives."""
-        return self._process.poll()
-
-    def kill(self) -> None:
-        """Ends it at once and waits for that."""
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-
-
 class _Link:
     """The worker's side of the connection to the broker."""
 
     def __init__(self, setup: dict[str, str]) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.linger = 2000
         self._socket.curve_serverkey = setup["server"].encode()
         self._socket.curve_publickey, self._socket.curve_secretkey = setup["public"].encode(), setup["secret"].encode()
@@ -123,7 +83,7 @@ class _JobReport:
             self._preview = _thinned(preview)
         if not new_stage and step < total and now - self._sent < _INTERVAL:
             return
-        body = {"job": self._job_id, "stage": stage, "step": int(step), "total": int(total),
+        body = {"job": self._job_id, "stage": str(stage), "step": int(step), "total": int(total),
                 "seconds_left": self._seconds_left(step, total, now)}
         self._link.say("worker_progress", body, {} if self._preview is None else {"preview": self._preview}, wait=False)
         self._sent, self._preview = now, None
@@ -189,10 +149,8 @@ def _forget_peak() -> None:
             log.info("the memory peak can't be reset: %s", error)
 
 
-def error_of(exception: BaseException, job_id: str) -> Track4DError:
-    """What the user is told about an exception: a `Track4DError` as it is, memory as such, the rest as a bug with its log."""
-    if isinstance(exception, Track4DError):
-        return exception
+def error_of(exception: Exception, job_id: str) -> ServerError:
+    """What the user is told about an exception that isn't a `Track4DError`: that memory is short, or that there is a bug."""
     name = type(exception).__name__
     if isinstance(exception, MemoryError) or "OutOfMemory" in name or "CUBLAS_STATUS_ALLOC_FAILED" in str(exception):
         return ServerError("out_of_memory", "The memory was not enough for this job.",
@@ -245,13 +203,17 @@ def _one_job(home: Path, link: _Link, work: Callable[[Request, Any], Result], jo
         link.say("worker_done", {"job": job_id})
     except Cancelled:
         link.say("worker_cancelled", {"job": job_id})
+    except Track4DError as error:
+        log.warning("job %s: %s", job_id, error)
+        link.say("worker_failed", {"job": job_id, "error": error.to_dict()})
     except Exception as exception:  # noqa: BLE001  whatever the pipeline does, the next job gets its chance
         log.exception("job %s failed", job_id)
         link.say("worker_failed", {"job": job_id, "error": error_of(exception, job_id).to_dict()})
 
 
 def _end_with_server() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1024):  # past Python's buffer, whose lock would hinder the interpreter's own end
+        pass
     os._exit(0)  # not sys.exit: the pipeline may be in the middle of a kernel
 
 
