@@ -1,4 +1,7 @@
-"""Actions of Blender 4.2 to 5.2 behind two functions: F-curves in the action (4.2, 4.3) or in a slot's channel bag (4.4 and later)."""
+"""Actions of Blender 4.2 to 5.2 behind two functions.
+
+F-curves are in the action itself (4.2, 4.3) or in the channel bag of a slot (4.4 and later).
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 """Animated objects as files, with the settings under which every vertex of every frame comes back exactly.
 
-A file is made in a folder of its own beside its place and moved there when everything is done, so that there is never half a file.
+A file is made in a folder of its own beside its place and moved there when everything is done, so that there is never
+half a file.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,92 +14,47 @@ import bpy
 from track4d_protocol.errors import InputError
 
 from . import actions, marks
+from .files import Staging, check_writable
 
 
 def export(objects: Sequence[bpy.types.Object], path: Path | str) -> Path:
-    """Writes objects with their Track4D motion to a file; `.blend` holds the whole open file, the others only the objects.
+    """Writes objects with their Track4D motion to a file.
+
+    A `.blend` holds the whole open file, the others only the objects and their parents.
 
     Args:
-        objects: mesh objects of the current view layer; their parents come with them.
-        path: its suffix says the format, one of `FORMATS`.
+        objects: mesh objects of the current view layer.
+        path: its suffix says the format, one of `files.WRITABLE`.
 
     Returns:
-        The path.
+        The absolute path.
 
     Raises:
         InputError: unsupported_format, missing_folder, export_failed with Blender's own words.
     """
+    path = check_writable(path)
     with Staging() as staging:
-        staging.export(objects, path)
+        write(objects, staging.place(path))
         staging.commit()
-    return Path(path)
-
-
-def check_path(path: Path | str) -> Path:
-    """Refuses what can't be written, before any work is done."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise InputError("unsupported_format", f"Track4D can't write '{path.name}'.", f"Use one of {', '.join(FORMATS)}.")
-    return check_folder(path)
-
-
-def check_folder(path: Path) -> Path:
-    """Refuses a path whose folder isn't there or can't be written to."""
-    folder = path.absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError("missing_folder", f"The folder '{folder}' isn't there or can't be written to.", "Make it first.")
     return path
 
 
-class Staging:
-    """Files on their way: all of them appear at `commit`, none if it isn't reached."""
-
-    def __init__(self) -> None:
-        self._folders: list[tuple[tempfile.TemporaryDirectory, Path]] = []
-
-    def __enter__(self) -> Staging:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for folder, _ in self._folders:
-            folder.cleanup()
-
-    def place(self, path: Path | str) -> Path:
-        """Where to write what will be `path`."""
-        path = check_folder(Path(path)).absolute()
-        folder = tempfile.TemporaryDirectory(prefix=".track4d-", dir=path.parent)
-        self._folders.append((folder, path))
-        return Path(folder.name) / path.name
-
-    def export(self, objects: Sequence[bpy.types.Object], path: Path | str) -> None:
-        """Like the function `export`, up to the commit."""
-        path = check_path(path)
-        place = self.place(path)
-        with _only(objects) as frames:
-            try:
-                FORMATS[path.suffix.lower()](str(place), frames)
-            except RuntimeError as error:
-                raise InputError("export_failed", f"Blender can't write '{path.name}': {str(error).strip()}", "Try another format.") from error
-        if not place.is_file():
-            raise InputError("export_failed", f"Blender wrote no '{path.name}'.", "Try another format.")
-
-    def commit(self) -> list[Path]:
-        """Moves everything to its place, the named files last; returns all paths."""
-        moved = []
-        for folder, path in self._folders:
-            root = Path(folder.name)
-            files = sorted((file for file in root.rglob("*") if file.is_file()), key=lambda file: file == root / path.name)
-            for file in files:
-                target = path.parent / file.relative_to(root)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
-                moved.append(target)
-        return moved
+def write(objects: Sequence[bpy.types.Object], place: Path) -> None:
+    """`export` straight to a path of a `Staging`."""
+    with _only(objects) as frames:
+        try:
+            FORMATS[place.suffix.lower()](str(place), frames)
+        except RuntimeError as error:
+            raise InputError(
+                "export_failed", f"Blender can't write '{place.name}': {str(error).strip()}", "Try another format."
+            ) from error
+    if not place.is_file():
+        raise InputError("export_failed", f"Blender wrote no '{place.name}'.", "Try another format.")
 
 
 @contextmanager
 def _only(objects: Sequence[bpy.types.Object]) -> Iterator[tuple[int, int]]:
-    """Selects just the objects and their parents and sets the scene's range to their motion; all as before afterwards."""
+    """Selects just the objects and their parents, the scene's range is their motion; all as before afterwards."""
     scene, layer = bpy.context.scene, bpy.context.view_layer
     wanted = set(objects)
     for obj in objects:
@@ -137,17 +91,37 @@ def motion_range(objects: Sequence[bpy.types.Object]) -> tuple[int, int] | None:
 
 
 def _gltf(path: str, frames: tuple[int, int], form: str) -> None:
-    bpy.ops.export_scene.gltf(filepath=path, export_format=form, use_selection=True, export_yup=True, export_apply=False,
-                              export_morph=True, export_morph_normal=False, export_morph_tangent=False,  # normals: six times the size
-                              export_animations=True, export_animation_mode="ACTIONS", export_force_sampling=True,
-                              export_anim_slide_to_zero=True)
+    bpy.ops.export_scene.gltf(
+        filepath=path,
+        export_format=form,
+        use_selection=True,
+        export_yup=True,
+        export_apply=False,
+        export_morph=True,
+        export_morph_normal=False,
+        export_morph_tangent=False,  # normals: six times the size
+        export_animations=True,
+        export_animation_mode="ACTIONS",
+        export_force_sampling=True,
+        export_anim_slide_to_zero=True,
+    )
 
 
 def _fbx(path: str, frames: tuple[int, int]) -> None:
-    bpy.ops.export_scene.fbx(filepath=path, use_selection=True, path_mode="COPY", embed_textures=True, bake_anim=True,
-                             # with the defaults vertices are off by up to half the object's size
-                             bake_anim_use_all_actions=False, bake_anim_use_nla_strips=False, bake_anim_simplify_factor=0,
-                             bake_anim_force_startend_keying=True, use_mesh_modifiers=False, add_leaf_bones=False)
+    bpy.ops.export_scene.fbx(
+        filepath=path,
+        use_selection=True,
+        path_mode="COPY",
+        embed_textures=True,
+        bake_anim=True,
+        # with the defaults vertices are off by up to half the object's size
+        bake_anim_use_all_actions=False,
+        bake_anim_use_nla_strips=False,
+        bake_anim_simplify_factor=0,
+        bake_anim_force_startend_keying=True,
+        use_mesh_modifiers=False,
+        add_leaf_bones=False,
+    )
 
 
 def _usd(path: str, frames: tuple[int, int]) -> None:
@@ -165,5 +139,9 @@ def _blend(path: str, frames: tuple[int, int]) -> None:
 FORMATS: dict[str, Callable[[str, tuple[int, int]], None]] = {
     ".glb": lambda path, frames: _gltf(path, frames, "GLB"),
     ".gltf": lambda path, frames: _gltf(path, frames, "GLTF_SEPARATE"),
-    ".blend": _blend, ".fbx": _fbx, ".usdc": _usd, ".usd": _usd, ".abc": _alembic,
+    ".blend": _blend,
+    ".fbx": _fbx,
+    ".usdc": _usd,
+    ".usd": _usd,
+    ".abc": _alembic,
 }

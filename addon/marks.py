@@ -1,4 +1,4 @@
-"""What Track4D leaves on an object, so that it can be found again, replaced, left out of a capture and taken away without trace.
+"""What Track4D leaves on an object, to be found again, replaced, left out of a capture and taken away without trace.
 
 The mark is one custom property on the shape key datablock (`bpy.types.Key`), which exists as long as our keys do.
 """

@@ -1,7 +1,7 @@
 """A result as shape keys: one per frame, faded into each other by one action.
 
-The keys hold displacements on top of the Basis, so whatever the object had before (shape keys, modifiers, animation added in the
-meantime) goes on working. Between two frames the vertices move linearly.
+The keys hold displacements on top of the Basis, so whatever the object had before (shape keys, modifiers, animation
+added in the meantime) goes on working. Between two frames the vertices move linearly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from ..capture.mesh import ObjectSnapshot, Snapshot, find_objects, snapshot, top
 LINEAR = 1  # Keyframe.interpolation as foreach_set takes it
 
 
-def shape_keys(target: Snapshot | Sequence[bpy.types.Object], result: Result, frame_start: int = 1, step: float = 1.0) -> dict[str, Any]:
+def shape_keys(
+    target: Snapshot | Sequence[bpy.types.Object], result: Result, frame_start: int = 1, step: float = 1.0
+) -> dict[str, Any]:
     """Puts a result onto the objects it was made for; an earlier result on them is replaced.
 
     Args:
@@ -40,10 +42,15 @@ def shape_keys(target: Snapshot | Sequence[bpy.types.Object], result: Result, fr
     objects = find_objects(seen)
     frames = np.asarray(result.arrays["vertices"], np.float32)  # [F, N, 3]
     if frames.ndim != 3 or frames.shape[1:] != seen.vertices.shape:
-        raise ServerError("bad_result", f"The result has vertices of shape {list(frames.shape)} for {len(seen.vertices)} vertices.",
-                          "Animate again; if it happens again, please report it.")
+        raise ServerError(
+            "bad_result",
+            f"The result has vertices of shape {list(frames.shape)} for {len(seen.vertices)} vertices.",
+            "Animate again; if it happens again, please report it.",
+        )
     if not np.isfinite(frames).all():
-        raise ServerError("bad_result", "The result has coordinates that are not finite.", "Animate again with another seed.")
+        raise ServerError(
+            "bad_result", "The result has coordinates that are not finite.", "Animate again with another seed."
+        )
     for item, obj in zip(seen.objects, objects):
         _check_target(item, obj)
     remove(objects)
@@ -58,8 +65,14 @@ def shape_keys(target: Snapshot | Sequence[bpy.types.Object], result: Result, fr
     if not action.users:
         bpy.data.actions.remove(action)  # every object has an action of its own that took the curves
         action = used
-    return {"objects": [obj.name for obj in objects], "keys": names, "action": action.name, "frame_start": frame_start,
-            "frame_end": frame_start + (len(frames) - 1) * step, "vertices": len(seen.vertices)}
+    return {
+        "objects": [obj.name for obj in objects],
+        "keys": names,
+        "action": action.name,
+        "frame_start": frame_start,
+        "frame_end": frame_start + (len(frames) - 1) * step,
+        "vertices": len(seen.vertices),
+    }
 
 
 def remove(objects: Sequence[bpy.types.Object]) -> int:
@@ -92,21 +105,31 @@ def remove(objects: Sequence[bpy.types.Object]) -> int:
 
 def _check_mode(obj: bpy.types.Object) -> None:
     if obj.mode != "OBJECT":
-        raise InputError("in_edit_mode", f"'{obj.name}' is in {obj.mode.replace('_', ' ').lower()} mode.", "Switch to object mode (Tab).")
+        raise InputError(
+            "in_edit_mode",
+            f"'{obj.name}' is in {obj.mode.replace('_', ' ').lower()} mode.",
+            "Switch to object mode (Tab).",
+        )
 
 
 def _check_target(item: ObjectSnapshot, obj: bpy.types.Object) -> None:
     _check_mode(obj)
     if len(obj.data.vertices) != item.count:
-        raise InputError("topology_changed", f"'{obj.name}' has {len(obj.data.vertices)} vertices; it had {item.count} when it was captured.",
-                         "Undo the change, or animate it again.")
+        raise InputError(
+            "topology_changed",
+            f"'{obj.name}' has {len(obj.data.vertices)} vertices; it had {item.count} when it was captured.",
+            "Undo the change, or animate it again.",
+        )
     if topology_hash(obj.data) != item.topology:
-        raise InputError("topology_changed", f"The faces of '{obj.name}' are not those that were captured.",
-                         "Undo the change, or animate it again.")
+        raise InputError(
+            "topology_changed",
+            f"The faces of '{obj.name}' are not those that were captured.",
+            "Undo the change, or animate it again.",
+        )
 
 
 def _displacements(item: ObjectSnapshot, moves: np.ndarray, to_world: np.ndarray) -> np.ndarray:
-    """Displacements in capture space [F, N, 3] to those of the object's own vertices before its modifiers; float32 [F, N, 3]."""
+    """From displacements in capture space [F, N, 3] to those of the object's own vertices, before its modifiers."""
     linear = np.linalg.inv(item.matrix_world[:3, :3]) @ to_world[:3, :3]
     moves = moves @ linear.T.astype(np.float32)
     return moves if item.unbend is None else np.einsum("nij,fnj->fni", item.unbend, moves)
@@ -132,8 +155,10 @@ def _add_keys(obj: bpy.types.Object, moves: np.ndarray) -> list[str]:
     return names
 
 
-def _animate(keys: bpy.types.Key, names: list[str], action: bpy.types.Action, frame_start: int, step: float) -> bpy.types.Action:
-    """One F-curve per key: 1 on its own frame, 0 on its neighbours. An action that the keys have already gets the curves added."""
+def _animate(
+    keys: bpy.types.Key, names: list[str], action: bpy.types.Action, frame_start: int, step: float
+) -> bpy.types.Action:
+    """One F-curve per key: 1 on its own frame, 0 on its neighbours; added to the keys' action if they have one."""
     if keys.animation_data is None or keys.animation_data.action is None:
         actions.assign(keys, action)
     curves = actions.fcurves(keys, create=True)
@@ -152,12 +177,16 @@ def _animate(keys: bpy.types.Key, names: list[str], action: bpy.types.Action, fr
 
 
 def _leave_mark(keys: bpy.types.Key, names: list[str], action: bpy.types.Action, result: Result) -> None:
-    report = {name: result.report[name] for name in ("prompt", "seed", "preset", "model") if isinstance(result.report.get(name), str | int)}
+    report = {
+        name: result.report[name]
+        for name in ("prompt", "seed", "preset", "model")
+        if isinstance(result.report.get(name), str | int)
+    }
     keys[marks.MARK] = keys[marks.MARK].to_dict() | report | {"keys": names, "action": action.name}
 
 
 def _remove_curves(keys: bpy.types.Key, paths: set[str], mark: dict[str, Any]) -> None:
-    """Removes our F-curves, wherever the user has put the action since (active, or in NLA strips), and what is empty after that."""
+    """Removes our F-curves, also from an action that was pushed into an NLA track, and what is empty after that."""
     data = keys.animation_data
     if data is None:
         return

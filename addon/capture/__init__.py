@@ -1,8 +1,8 @@
 """From objects to a request: what they are, and four pictures of them. The objects and the scene stay untouched.
 
-    seen = capture.snapshot(objects)                      # checks; keep it until the result is applied
-    request = capture.capture(seen, settings)             # or a few lines at a time: yield from capture.steps(seen, settings)
-    apply.shape_keys(seen, result)
+seen = capture.snapshot(objects)                      # checks; keep it until the result is applied
+request = capture.capture(seen, settings)             # or view by view: yield from capture.steps(seen, settings)
+apply.shape_keys(seen, result)
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ __all__ = ["ObjectSnapshot", "Report", "Snapshot", "capture", "find_objects", "s
 Report = Callable[[str, int, int], None]  # stage, step, total; may raise `Cancelled`
 
 
-def capture(objects: Sequence[bpy.types.Object] | Snapshot, settings: Settings, size: int = 256, samples: int = 16,
-            report: Report | None = None) -> Request:
+def capture(
+    objects: Sequence[bpy.types.Object] | Snapshot,
+    settings: Settings,
+    size: int = 256,
+    samples: int = 16,
+    report: Report | None = None,
+) -> Request:
     """Captures objects in one go.
 
     Args:
@@ -49,8 +54,13 @@ def capture(objects: Sequence[bpy.types.Object] | Snapshot, settings: Settings, 
             return stop.value
 
 
-def steps(objects: Sequence[bpy.types.Object] | Snapshot, settings: Settings, size: int = 256, samples: int = 16,
-          report: Report | None = None) -> Generator[int, None, Request]:
+def steps(
+    objects: Sequence[bpy.types.Object] | Snapshot,
+    settings: Settings,
+    size: int = 256,
+    samples: int = 16,
+    report: Report | None = None,
+) -> Generator[int, None, Request]:
     """`capture`, with a pause after each picture so that an interface can stay alive.
 
     Nothing of the capture is in `bpy.data` during a pause, so saving, undo, or dropping the generator leave no trace.
@@ -76,15 +86,23 @@ def steps(objects: Sequence[bpy.types.Object] | Snapshot, settings: Settings, si
         yield done + 1
     if report:
         report("capture", len(viewmats), len(viewmats))
-    return Request(settings, [item.name for item in seen.objects],
-                   mesh_arrays(seen) | {"views": np.stack(views), "depths": np.stack(depths), "viewmats": viewmats, "Ks": Ks})
+    return Request(
+        settings,
+        [item.name for item in seen.objects],
+        mesh_arrays(seen) | {"views": np.stack(views), "depths": np.stack(depths), "viewmats": viewmats, "Ks": Ks},
+    )
 
 
 def mesh_arrays(seen: Snapshot) -> dict[str, np.ndarray]:
     """The arrays of a request that describe the mesh."""
-    return {"vertices": seen.vertices, "faces": seen.faces, "uvs": seen.uvs, "materials": seen.materials,
-            "object_counts": np.array([item.count for item in seen.objects], np.int32),
-            **{f"texture_{k}": np.ascontiguousarray(texture) for k, texture in enumerate(seen.textures)}}
+    return {
+        "vertices": seen.vertices,
+        "faces": seen.faces,
+        "uvs": seen.uvs,
+        "materials": seen.materials,
+        "object_counts": np.array([item.count for item in seen.objects], np.int32),
+        **{f"texture_{k}": np.ascontiguousarray(texture) for k, texture in enumerate(seen.textures)},
+    }
 
 
 def _check_unchanged(seen: Snapshot, copies) -> None:
@@ -92,5 +110,9 @@ def _check_unchanged(seen: Snapshot, copies) -> None:
     for (item, part), copy in zip(seen.slices(), copies.items):
         matrix = from_world @ copy.matrix_world
         points = copy.positions.astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
-        if len(points) != item.count or not np.allclose(points, seen.vertices[part], rtol=1e-5, atol=1e-5 * np.ptp(seen.vertices)):
-            raise InputError("changed_during_capture", f"'{item.name}' was changed while it was captured.", "Start again.")
+        if len(points) != item.count or not np.allclose(
+            points, seen.vertices[part], rtol=1e-5, atol=1e-5 * np.ptp(seen.vertices)
+        ):
+            raise InputError(
+                "changed_during_capture", f"'{item.name}' was changed while it was captured.", "Start again."
+            )

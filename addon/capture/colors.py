@@ -1,7 +1,8 @@
-"""Base colours of materials as pictures: an image texture, a plain colour, or one texel per triangle for colour attributes.
+"""Base colours of materials as pictures: image texture, plain colour, or a texel per triangle for colour attributes.
 
-They tell the server what colour a place of the surface has; the user's materials are never replaced by them. A colour that is
-computed from anything else (noise, ramps, ...) counts as the plain colour of its socket; the rendered views correct it.
+They tell the server what colour a place of the surface has; the user's materials are never replaced by them. A colour
+that is computed from anything else (noise, ramps, ...) counts as the plain colour of its socket; the rendered views
+correct it.
 """
 
 from __future__ import annotations
@@ -92,11 +93,21 @@ class BaseColors:
                 if layer is not None:
                     uvs[on] = layer[loops[on]] * np.float32(base.uv_scale) + np.float32(base.uv_offset)
         if without_uvs:
-            self.warnings.append({"code": "no_uvs", "message": f"'{obj.name}' has a texture but no UV map.",
-                                  "action": "Nothing to do if it looks right in Blender; else unwrap it."})
+            self.warnings.append(
+                {
+                    "code": "no_uvs",
+                    "message": f"'{obj.name}' has a texture but no UV map.",
+                    "action": "Nothing to do if it looks right in Blender; else unwrap it.",
+                }
+            )
         if not len(mesh.materials) or None in list(mesh.materials):
-            self.warnings.append({"code": "no_material", "message": f"'{obj.name}' has faces without a material; they count as grey.",
-                                  "action": "Give them a material if colours shall help to follow the motion."})
+            self.warnings.append(
+                {
+                    "code": "no_material",
+                    "message": f"'{obj.name}' has faces without a material; they count as grey.",
+                    "action": "Give them a material if colours shall help to follow the motion.",
+                }
+            )
         return corners, uvs, materials
 
     def _texture(self, material: bpy.types.Material | None, base: _Base) -> int:
@@ -105,8 +116,13 @@ class BaseColors:
             self._index[key] = len(self.textures)
             picture = _pixels(base.image) if base.image is not None else None
             if base.image is not None and picture is None:
-                self.warnings.append({"code": "missing_texture", "message": f"The image '{base.image.name}' of the material "
-                                      f"'{key}' can't be read.", "action": "Use File > External Data > Find Missing Files."})
+                self.warnings.append(
+                    {
+                        "code": "missing_texture",
+                        "message": f"The image '{base.image.name}' of the material '{key}' can't be read.",
+                        "action": "Use File > External Data > Find Missing Files.",
+                    }
+                )
                 picture = np.broadcast_to(linear_to_srgb(NEUTRAL), (1, 1, 3))
             if picture is None:
                 picture = linear_to_srgb(base.factor).reshape(1, 1, 3)
@@ -202,7 +218,11 @@ def _read_mapping(node: bpy.types.Node, base: _Base) -> None:
         source = link.from_node
         if source.type == "UVMAP":
             base.uv_map = source.uv_map
-        if source.type == "MAPPING" and source.vector_type == "POINT" and not any(source.inputs["Rotation"].default_value):
+        if (
+            source.type == "MAPPING"
+            and source.vector_type == "POINT"
+            and not any(source.inputs["Rotation"].default_value)
+        ):
             base.uv_scale = tuple(source.inputs["Scale"].default_value[:2])
             base.uv_offset = tuple(source.inputs["Location"].default_value[:2])
         vector = source.inputs.get("Vector")
@@ -220,9 +240,13 @@ def _uv_layer(mesh: bpy.types.Mesh, name: str) -> np.ndarray | None:
 
 
 def _corner_colors(mesh: bpy.types.Mesh, name: str) -> np.ndarray | None:
-    """A colour attribute per corner, linear; [L, 3] float32. An empty name means the one that is active for rendering."""
+    """A colour attribute per corner, linear; [L, 3] float32. The one that is active for rendering has the name ""."""
     layers = mesh.color_attributes
-    layer = layers.get(name) if name else (layers[layers.render_color_index] if layers and layers.render_color_index >= 0 else None)
+    layer = (
+        layers.get(name)
+        if name
+        else (layers[layers.render_color_index] if layers and layers.render_color_index >= 0 else None)
+    )
     if layer is None or layer.domain not in ("POINT", "CORNER"):
         return None
     values = np.empty(len(layer.data) * 4, np.float32)

@@ -1,11 +1,11 @@
 """The mesh part of a capture: a snapshot of the objects' geometry, colours and transforms, taken from copies.
 
-Capture space is the world with the first object's location and its turn about the vertical taken away, so that "front -Y" means
-the object's own -Y wherever it stands. `Snapshot.to_world` goes back.
+Capture space is the world with the first object's location and its turn about the vertical taken away, so that "front
+-Y" means the object's own -Y wherever it stands. `Snapshot.to_world` goes back.
 
-Which vertices are captured: always those of the object's own data, one for one, because shape keys move these. Their places are
-those after the modifiers, up to the first modifier that changes the number of vertices; Subdivision, Mirror, ... stay and work
-on top of the motion.
+Which vertices are captured: always those of the object's own data, one for one, because shape keys move these. Their
+places are those after the modifiers, up to the first modifier that changes the number of vertices; Subdivision, Mirror,
+... stay and work on top of the motion.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from track4d_protocol.space import canonical_similarity
 from .. import actions, marks
 from .colors import BaseColors
 
-TIME_DEPENDENT = {"BUILD", "CLOTH", "DYNAMIC_PAINT", "EXPLODE", "FLUID", "MESH_CACHE", "MESH_SEQUENCE_CACHE", "SOFT_BODY", "WAVE"}
+TIME_DEPENDENT = {
+    "BUILD",
+    "CLOTH",
+    "DYNAMIC_PAINT",
+    "EXPLODE",
+    "FLUID",
+    "MESH_CACHE",
+    "MESH_SEQUENCE_CACHE",
+    "SOFT_BODY",
+    "WAVE",
+}
 STEP = 1e-3  # of the object's size; by which vertices are moved to see what the modifiers do with a motion
 
 
@@ -38,7 +48,7 @@ class ObjectSnapshot:
         count: vertices of its own data.
         topology: hash of its polygons.
         matrix_world: [4, 4] float64, from its own space into the world.
-        unbend: [N, 3, 3] float32, from a displacement after the modifiers to one before them; None where both are the same.
+        unbend: [N, 3, 3] float32, from displacements after the modifiers to those before; None where both are the same.
     """
 
     name: str
@@ -114,7 +124,9 @@ def find_objects(wanted: Sequence[bpy.types.Object] | Snapshot) -> list[bpy.type
     for item in wanted.objects:
         obj = by_uid.get(item.session_uid) or bpy.data.objects.get(item.name)
         if obj is None:
-            raise InputError("object_missing", f"The object '{item.name}' is no longer there.", "Undo its deletion and try again.")
+            raise InputError(
+                "object_missing", f"The object '{item.name}' is no longer there.", "Undo its deletion and try again."
+            )
         found.append(obj)
     return found
 
@@ -126,8 +138,8 @@ def snapshot(objects: Sequence[bpy.types.Object]) -> Snapshot:
         objects: mesh objects; the first one's turn about the vertical and its location define capture space.
 
     Raises:
-        InputError: no_mesh_selected, wrong_object_type, linked_data, shared_mesh, absolute_shape_keys, already_animated,
-            empty_mesh, too_few_vertices, no_faces, not_finite, flat_transform, degenerate_mesh.
+        InputError: no_mesh_selected, wrong_object_type, linked_data, shared_mesh, absolute_shape_keys,
+            already_animated, empty_mesh, too_few_vertices, no_faces, not_finite, flat_transform, degenerate_mesh.
     """
     objects = list(objects)
     _check_objects(objects)
@@ -151,21 +163,46 @@ def _read(copies: PlainCopies) -> Snapshot:
         uvs.append(corner_uvs)
         materials.append(material)
         start += len(points)
-        items.append(ObjectSnapshot(copy.obj.name, copy.obj.session_uid, len(points), topology_hash(copy.obj.data),
-                                    copy.matrix_world, copy.unbend))
+        items.append(
+            ObjectSnapshot(
+                copy.obj.name,
+                copy.obj.session_uid,
+                len(points),
+                topology_hash(copy.obj.data),
+                copy.matrix_world,
+                copy.unbend,
+            )
+        )
     joined = np.concatenate(vertices)
     canonical_similarity(joined)  # refuses what has no extent
     warnings = list(colors.warnings)
     if len(items) > 1:
-        warnings.append({"code": "several_objects", "message": f"{len(items)} objects are animated together as one.",
-                         "action": "Animate them one by one if they shall move on their own."})
+        warnings.append(
+            {
+                "code": "several_objects",
+                "message": f"{len(items)} objects are animated together as one.",
+                "action": "Animate them one by one if they shall move on their own.",
+            }
+        )
     for copy in copies.items:
         if copy.obj.data.users > 1:
-            warnings.append({"code": "shared_mesh", "message": f"The mesh of '{copy.obj.name}' has {copy.obj.data.users} users; "
-                             "all of them will move.", "action": "Use Object > Relations > Make Single User first."})
-    return Snapshot(tuple(items), to_world, joined, np.ascontiguousarray(np.concatenate(faces), np.int32),
-                    np.ascontiguousarray(np.concatenate(uvs), np.float32), np.concatenate(materials).astype(np.int32),
-                    colors.textures, warnings)
+            warnings.append(
+                {
+                    "code": "shared_mesh",
+                    "message": f"The mesh of '{copy.obj.name}' has {copy.obj.data.users} users; all of them will move.",
+                    "action": "Use Object > Relations > Make Single User first.",
+                }
+            )
+    return Snapshot(
+        tuple(items),
+        to_world,
+        joined,
+        np.ascontiguousarray(np.concatenate(faces), np.int32),
+        np.ascontiguousarray(np.concatenate(uvs), np.float32),
+        np.concatenate(materials).astype(np.int32),
+        colors.textures,
+        warnings,
+    )
 
 
 # Checks
@@ -178,23 +215,38 @@ def _check_objects(objects: list[bpy.types.Object]) -> None:
     for obj in objects:
         if obj.type != "MESH":
             kind = obj.bl_rna.properties["type"].enum_items[obj.type].name
-            raise InputError("wrong_object_type", f"'{obj.name}' is of type {kind}, not a mesh.",
-                             "Select a mesh, or use Object > Convert > Mesh.")
+            raise InputError(
+                "wrong_object_type",
+                f"'{obj.name}' is of type {kind}, not a mesh.",
+                "Select a mesh, or use Object > Convert > Mesh.",
+            )
         if obj.library or obj.data.library:
-            raise InputError("linked_data", f"'{obj.name}' is linked from another file and can't be changed.",
-                             "Use Object > Relations > Make Local > Selected Objects and Data.")
+            raise InputError(
+                "linked_data",
+                f"'{obj.name}' is linked from another file and can't be changed.",
+                "Use Object > Relations > Make Local > Selected Objects and Data.",
+            )
         if obj.data in seen:
-            raise InputError("shared_mesh", f"'{obj.name}' and '{seen[obj.data]}' use the same mesh '{obj.data.name}'.",
-                             "Use Object > Relations > Make Single User > Object & Data, or select one of them.")
+            raise InputError(
+                "shared_mesh",
+                f"'{obj.name}' and '{seen[obj.data]}' use the same mesh '{obj.data.name}'.",
+                "Use Object > Relations > Make Single User > Object & Data, or select one of them.",
+            )
         seen[obj.data] = obj.name
         keys = obj.data.shape_keys
         if keys and not keys.use_relative:
-            raise InputError("absolute_shape_keys", f"The shape keys of '{obj.name}' are absolute.",
-                             "Switch on 'Relative' in the shape key panel.")
+            raise InputError(
+                "absolute_shape_keys",
+                f"The shape keys of '{obj.name}' are absolute.",
+                "Switch on 'Relative' in the shape key panel.",
+            )
         cause = _animation_of(obj)
         if cause:
-            raise InputError("already_animated", f"'{obj.name}' is already animated by {cause}.",
-                             "Remove that animation, or animate a copy without it (Object > Animation > Clear Keyframes).")
+            raise InputError(
+                "already_animated",
+                f"'{obj.name}' is already animated by {cause}.",
+                "Remove that animation, or animate a copy without it (Object > Animation > Clear Keyframes).",
+            )
 
 
 def _animation_of(obj: bpy.types.Object) -> str:
@@ -232,18 +284,31 @@ def _check_geometry(copy: PlainCopy, points: np.ndarray) -> None:
     if len(points) == 0:
         raise InputError("empty_mesh", f"'{name}' has no vertices.", "Select an object with a surface.")
     if len(points) < 3:
-        raise InputError("too_few_vertices", f"'{name}' has {len(points)} vertices.", "Select an object with a surface.")
+        raise InputError(
+            "too_few_vertices", f"'{name}' has {len(points)} vertices.", "Select an object with a surface."
+        )
     if len(mesh.polygons) == 0:
-        raise InputError("no_faces", f"'{name}' has {len(points)} vertices but no faces.", "Fill it with faces, or select another object.")
+        raise InputError(
+            "no_faces",
+            f"'{name}' has {len(points)} vertices but no faces.",
+            "Fill it with faces, or select another object.",
+        )
     if not np.isfinite(points).all():
         bad = int((~np.isfinite(points).all(1)).sum())
-        raise InputError("not_finite", f"{bad} vertices of '{name}' have coordinates that are not finite.",
-                         "Delete them, or undo the modifier that made them.")
+        raise InputError(
+            "not_finite",
+            f"{bad} vertices of '{name}' have coordinates that are not finite.",
+            "Delete them, or undo the modifier that made them.",
+        )
     scales = np.linalg.svd(copy.matrix_world[:3, :3], compute_uv=False)
     if scales[-1] < 1e-8 * max(scales[0], 1e-30):
-        raise InputError("flat_transform", f"The scale of '{name}' is zero along an axis.", "Give it a scale that isn't zero.")
+        raise InputError(
+            "flat_transform", f"The scale of '{name}' is zero along an axis.", "Give it a scale that isn't zero."
+        )
     if np.ptp(points, axis=0).max() <= 1e-9:
-        raise InputError("degenerate_mesh", f"All vertices of '{name}' lie in one point.", "Select an object with a surface.")
+        raise InputError(
+            "degenerate_mesh", f"All vertices of '{name}' lie in one point.", "Select an object with a surface."
+        )
 
 
 # Capture space
@@ -252,14 +317,16 @@ def _check_geometry(copy: PlainCopy, points: np.ndarray) -> None:
 def _upright_frame(matrix_world: np.ndarray) -> np.ndarray:
     """Location and turn about world Z of an object's matrix; [4, 4] float64, rigid.
 
-    The turn is the twist part of the rotation. A mirrored matrix is a rotation times the mirroring of one axis: of the three
-    ways to write it, the one that tilts the object least is taken.
+    The turn is the twist part of the rotation. A mirrored matrix is a rotation times the mirroring of one axis: of the
+    three ways to write it, the one that tilts the object least is taken.
     """
     left, _, right = np.linalg.svd(matrix_world[:3, :3])
     rotation = left @ right  # the nearest orthogonal matrix
     mirrors = [np.eye(3)] if np.linalg.det(rotation) > 0 else [np.diag(1.0 - 2.0 * np.eye(3)[k]) for k in range(3)]
     # With the quaternion (w, x, y, z) of R: R10 - R01 = 4 w z and R00 + R11 = 2 (w² - z²); the twist is 2 atan2(z, w).
-    upright = max((rotation @ mirror for mirror in mirrors), key=lambda r: (round(r[2, 2], 6), round(r[0, 0] + r[1, 1], 6)))
+    upright = max(
+        (rotation @ mirror for mirror in mirrors), key=lambda r: (round(r[2, 2], 6), round(r[0, 0] + r[1, 1], 6))
+    )
     sine, cosine = upright[1, 0] - upright[0, 1], upright[0, 0] + upright[1, 1]
     yaw = math.atan2(sine, cosine) if math.hypot(sine, cosine) > 1e-6 else 0.0
     frame = np.eye(4)

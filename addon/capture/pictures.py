@@ -1,8 +1,8 @@
 """The picture part of a capture: Cycles on the CPU, in memory, of copies in a temporary scene.
 
-Cycles' Python engine class is wrapped for the length of one render, to read the passes where Blender has them: neither a file nor
-the compositor is needed. Light and background are ours, always the same: the pictures serve the motion, and a side that the
-user's lamps leave dark could not be followed.
+Cycles' Python engine class is wrapped for the length of one render, to read the passes where Blender has them: neither
+a file nor the compositor is needed. Light and background are ours, always the same: the pictures serve the motion, and
+a side that the user's lamps leave dark could not be followed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,28 @@ LAMPS = (((0.6, 0.5, 0.7), 0.4), ((0.3, -0.8, 0.3), 0.15), ((-0.9, 0.1, 0.4), 0.
 LAMP_ANGLE = 0.8  # radians; large lamps make soft shadows
 BOUNCES = 2
 FAR = 1e9  # Cycles writes 1e10 where a ray hits nothing
-HANDLERS = ("render_init", "render_pre", "render_post", "render_write", "render_complete", "render_cancel", "render_stats",
-            "frame_change_pre", "frame_change_post")
+HANDLERS = (
+    "render_init",
+    "render_pre",
+    "render_post",
+    "render_write",
+    "render_complete",
+    "render_cancel",
+    "render_stats",
+    "frame_change_pre",
+    "frame_change_post",
+)
 
 
-def render_view(copies: PlainCopies, from_world: np.ndarray, canonical: Similarity, viewmat: np.ndarray, K: np.ndarray, size: int,
-                samples: int) -> tuple[np.ndarray, np.ndarray]:
+def render_view(
+    copies: PlainCopies,
+    from_world: np.ndarray,
+    canonical: Similarity,
+    viewmat: np.ndarray,
+    K: np.ndarray,
+    size: int,
+    samples: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """Renders one picture of the copies; fills their temporary scene when it is called for the first time.
 
     Args:
@@ -43,7 +59,8 @@ def render_view(copies: PlainCopies, from_world: np.ndarray, canonical: Similari
         samples: per pixel.
 
     Returns:
-        view uint8 [R, R, 4] sRGB with straight alpha, depth float32 [R, R] along the camera's axis (0 = background); top row first.
+        view uint8 [R, R, 4] sRGB with straight alpha, depth float32 [R, R] along the camera's axis (0 = background);
+        top row first.
 
     Raises:
         InputError: cycles_missing, or render_failed with Blender's own words.
@@ -98,8 +115,11 @@ def _set_up_render(scene: bpy.types.Scene, size: int, samples: int) -> None:
     try:
         scene.render.engine = "CYCLES"
     except TypeError as error:
-        raise InputError("cycles_missing", "The render engine Cycles is switched off.",
-                         "Switch on 'Cycles Render Engine' in Preferences > Add-ons.") from error
+        raise InputError(
+            "cycles_missing",
+            "The render engine Cycles is switched off.",
+            "Switch on 'Cycles Render Engine' in Preferences > Add-ons.",
+        ) from error
     render, cycles = scene.render, scene.cycles
     render.resolution_x = render.resolution_y = size
     render.resolution_percentage = 100
@@ -148,13 +168,20 @@ def _render(scene: bpy.types.Scene) -> tuple[np.ndarray, np.ndarray]:
         with _quiet_handlers():
             bpy.ops.render.render(scene=scene.name)
     except RuntimeError as error:
-        raise InputError("render_failed", f"Blender can't render the object: {str(error).strip()}",
-                         "Render it once yourself with Cycles to see what is wrong.") from error
+        raise InputError(
+            "render_failed",
+            f"Blender can't render the object: {str(error).strip()}",
+            "Render it once yourself with Cycles to see what is wrong.",
+        ) from error
     finally:
         CyclesRender.render = original
         if not had_result and "Render Result" in bpy.data.images:
             bpy.data.images.remove(bpy.data.images["Render Result"])
     depth = passes.get("Depth", passes.get("Z"))
     if "Combined" not in passes or depth is None:
-        raise InputError("render_failed", "Cycles gave no picture of the object.", "Render it once yourself with Cycles to see what is wrong.")
+        raise InputError(
+            "render_failed",
+            "Cycles gave no picture of the object.",
+            "Render it once yourself with Cycles to see what is wrong.",
+        )
     return passes["Combined"], depth[..., 0]
