@@ -9,8 +9,9 @@ from scipy.sparse.linalg import cg
 from ..geometry import zbuffer
 from ..geometry.mesh import Mesh, weld
 
-SMOOTHNESS = 0.1  # weight of a mesh edge, in pixels of a white texture
-PRIOR = 1e-4  # weight of the overall gain at each vertex
+SMOOTHNESS = 0.05  # weight of a mesh edge, in pixels of a white texture
+PRIOR = 3e-3  # weight of the gain that the normals explain, at each vertex
+RIDGE = 1e-3  # keeps light from directions that no picture shows small
 OUTLIER = 0.05  # colour difference that halves a pixel's say
 PASSES = 4
 LARGEST_GAIN = 4.0
@@ -43,20 +44,43 @@ def estimate_shading(mesh: Mesh, views: np.ndarray, viewmats: np.ndarray, Ks: np
     rows = np.repeat(np.arange(len(weights)), 3)
     blend = sp.csr_matrix((weights.ravel(), (rows, mesh.faces[fragments.faces[inside]].ravel())), shape=(len(weights), count))
 
-    overall = (picture.sum() / max(texture.sum(), 1e-6)).clip(1 / LARGEST_GAIN, LARGEST_GAIN)
+    normals = _normal_polynomials(mesh)  # [N, 9]
     smooth = SMOOTHNESS * _laplacian(mesh) + PRIOR * sp.identity(count)
-    gain = np.full((count, 3), overall)
+    gain = np.full((count, 3), (picture.sum() / max(texture.sum(), 1e-6)).clip(1 / LARGEST_GAIN, LARGEST_GAIN))
     for _ in range(PASSES):
         for channel in range(3):
             design = sp.diags(texture[:, channel]) @ blend
             residual = picture[:, channel] - design @ gain[:, channel]
             trust = sp.diags((OUTLIER**2 / (OUTLIER**2 + residual**2)) ** 2 + 1e-3)
-            matrix = (design.T @ trust @ design + smooth).tocsr()
-            right = design.T @ (trust @ (picture[:, channel] - overall * texture[:, channel]))
-            scale = sp.diags(1 / matrix.diagonal())
-            change, _ = cg(matrix, right, x0=gain[:, channel] - overall, rtol=1e-4, maxiter=200, M=scale)
-            gain[:, channel] = overall + change
+            seen = design.T @ trust @ design
+            right = design.T @ (trust @ picture[:, channel])
+            gain[:, channel] = _explain(seen, right, normals, smooth, gain[:, channel])
     return gain.clip(0, LARGEST_GAIN).astype(np.float32)
+
+
+def _explain(seen: sp.spmatrix, right: np.ndarray, normals: np.ndarray, smooth: sp.spmatrix, start: np.ndarray) -> np.ndarray:
+    """The gain [N]: light that depends on the normal, plus a smooth rest.
+
+    Args:
+        seen, right: normal equations of the pixels, [N, N] and [N].
+        normals: [N, 9] polynomials of the normal.
+        smooth: [N, N] penalty on the rest.
+        start: [N] a gain to start from.
+    """
+    projected = normals.T @ (seen @ normals)
+    ridge = RIDGE * np.trace(projected) / 9 * np.diag([0.0] + [1.0] * 8)
+    light = normals @ np.linalg.solve(projected + ridge + 1e-9 * np.eye(9), normals.T @ right)
+    matrix = (seen + smooth).tocsr()
+    rest, _ = cg(matrix, right - seen @ light, x0=start - light, rtol=1e-4, maxiter=200, M=sp.diags(1 / matrix.diagonal()))
+    return light + rest
+
+
+def _normal_polynomials(mesh: Mesh) -> np.ndarray:
+    """1, the normal, and its products: under distant light the brightness of a matt surface is a quadratic of its normal
+    (Ramamoorthi and Hanrahan 2001); [N, 9]."""
+    first, inverse = weld(mesh.vertices)
+    x, y, z = Mesh(mesh.vertices[first], inverse[mesh.faces]).vertex_normals()[inverse].T.astype(np.float64)
+    return np.stack([np.ones_like(x), x, y, z, x * y, y * z, z * x, x * x - y * y, 3 * z * z - 1], 1)
 
 
 def _laplacian(mesh: Mesh) -> sp.csr_matrix:
