@@ -39,8 +39,8 @@ class _Link:
     """The worker's side of the connection to the broker."""
 
     def __init__(self, setup: dict[str, str]) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.linger = 2000
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
         self._socket.curve_serverkey = setup["server"].encode()
         self._socket.curve_publickey, self._socket.curve_secretkey = setup["public"].encode(), setup["secret"].encode()
         self._socket.connect(setup["address"])
@@ -60,6 +60,10 @@ class _Link:
                 return codec.decode(self._socket.recv_multipart(flags=0 if wait else zmq.NOBLOCK))
             except zmq.Again:
                 return None
+
+    def close(self) -> None:
+        """Ends the connection after what was said has left."""
+        self._context.destroy(linger=2000)
 
 
 class _JobReport:
@@ -188,7 +192,7 @@ def main() -> None:
         work, info = load(setup["work"])
     except ServerError as error:
         link.say("worker_broken", {"error": error.to_dict()})
-        zmq.Context.instance().destroy(linger=2000)  # delivers the message
+        link.close()
         sys.exit(1)
     link.say("worker_ready", info)
     while True:
