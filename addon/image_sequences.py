@@ -1,4 +1,4 @@
-"""A multi-view video from a folder: view_0/, view_1/, ... with a picture per frame (or view_0.mp4), and cameras.json."""
+"""A multi-view video from a folder: view_0/, view_1/, ... with a picture per frame (or view_0.mp4); cameras.json."""
 
 from __future__ import annotations
 

@@ -409,7 +409,7 @@ def _plain_copy(obj: bpy.types.Object, copies: PlainCopies, unbend: bool) -> Pla
 
     stack = [modifier.name for modifier in copy.modifiers if modifier.show_viewport]
     _show(copy, [])
-    _flatten_shape_keys(copy, obj, evaluate)
+    _flatten_shape_keys(copy, obj, copies, evaluate)
     own = positions(copy.data)
     while True:
         _show(copy, stack)
@@ -419,9 +419,11 @@ def _plain_copy(obj: bpy.types.Object, copies: PlainCopies, unbend: bool) -> Pla
         stack.pop()  # subdivision, mirror, ... stay on top of the motion
     mesh = bpy.data.meshes.new_from_object(evaluated, preserve_all_data_layers=True, depsgraph=layer.depsgraph)
     copies.temporary.append(mesh)
-    mesh.materials.clear()
-    for slot in obj.material_slots:
-        mesh.materials.append(slot.material)
+    for index, slot in enumerate(obj.material_slots):  # also those that are linked to the object instead of its mesh
+        if index < len(mesh.materials):
+            mesh.materials[index] = slot.material
+        else:
+            mesh.materials.append(slot.material)
     matrix_world = np.array(evaluated.matrix_world, np.float64)
     bent = positions(mesh)
     inverse = None
@@ -441,14 +443,16 @@ def _show(copy: bpy.types.Object, names: list[str]) -> None:
         modifier.show_viewport = modifier.name in names
 
 
-def _flatten_shape_keys(copy: bpy.types.Object, obj: bpy.types.Object, evaluate) -> None:
+def _flatten_shape_keys(copy: bpy.types.Object, obj: bpy.types.Object, copies: PlainCopies, evaluate) -> None:
     """The mix of the shape keys becomes the copy's mesh, without the keys of an earlier result."""
     keys = copy.data.shape_keys
     if keys is None:
         return
+    copies.temporary.append(keys)  # a copied mesh doesn't take its keys along when it is removed
     keys.animation_data_clear()
     for name in marks.own_keys(obj.data.shape_keys):
         keys.key_blocks[name].mute = True
-    mixed = positions(evaluate().data)
-    copy.shape_key_clear()
-    set_positions(copy.data, mixed)
+    mixed = evaluate()
+    graph = copies.scene.view_layers[0].depsgraph
+    copy.data = bpy.data.meshes.new_from_object(mixed, preserve_all_data_layers=True, depsgraph=graph)
+    copies.temporary.append(copy.data)

@@ -1,0 +1,474 @@
+"""What is taken from the user's objects, and that nothing of it shows afterwards."""
+
+import math
+
+import bpy
+import numpy as np
+import pytest
+from mathutils import Euler, Matrix
+from track4d.geometry.mesh import Mesh
+from track4d.geometry.zbuffer import render
+from track4d_addon import capture
+from track4d_protocol.errors import Cancelled, InputError
+from track4d_protocol.messages import Settings, check_request
+from track4d_protocol.space import canonical_similarity
+
+QUICK = {"size": 64, "samples": 2}
+FOX = Settings(prompt="the fox is running")
+
+
+def our_pictures(request) -> np.ndarray:
+    """The request's views drawn by the server's rasteriser; [V, R, R, 4]."""
+    a = request.arrays
+    textures = [a[f"texture_{k}"].astype(np.float32) / 255 for k in range(sum(name.startswith("texture_") for name in a))]
+    mesh = Mesh(a["vertices"], a["faces"], a["uvs"], a["materials"], textures)
+    return render(mesh, mesh.vertices[None], a["viewmats"].astype(np.float32), a["Ks"], a["views"].shape[1])[0]
+
+
+def assert_pictures_agree(request) -> None:
+    """Blender's pictures and the server's show the same mesh in the same place with the same colours."""
+    ours, views = our_pictures(request), request.arrays["views"] / 255
+    assert np.abs(ours[..., 3] - views[..., 3]).mean() < 0.012
+    inside = (ours[..., 3] > 0.99) & (views[..., 3] > 0.99)
+    assert inside.mean() > 0.02
+    seen, expected = views[..., :3][inside], ours[..., :3][inside]
+    light = seen.mean() / expected.mean()
+    assert 0.6 < light < 1.2
+    assert np.abs(seen.mean(0) - light * expected.mean(0)).max() < 0.06  # the light is neutral
+    assert np.abs(seen - light * expected).mean() < 0.1
+
+
+@pytest.fixture
+def fox(load):
+    return load("fox.glb")
+
+
+def test_fox_is_seen_from_four_sides_as_the_server_sees_it(fox) -> None:
+    request = capture.capture(fox, FOX, size=128, samples=8)
+    check_request(request)
+    a = request.arrays
+    assert a["vertices"].shape == (1728, 3) and a["faces"].shape == (576, 3) and a["texture_0"].shape == (1024, 1024, 3)
+    assert a["views"].shape == (4, 128, 128, 4) and a["views"].dtype == np.uint8 and request.objects == [fox[0].name]
+    assert_pictures_agree(request)
+    alpha = a["views"][..., 3]
+    assert not alpha[:, [0, -1]].any() and not alpha[:, :, [0, -1]].any()  # nothing is cut off
+    for view in a["views"]:
+        bright = view[view[..., 3] > 250][:, :3].max(-1)
+        assert 90 < bright.mean() < 240 and np.quantile(bright, 0.99) < 252  # every side is lit, none is burnt out
+
+
+def test_first_view_looks_at_the_face(fox) -> None:
+    request = capture.capture(fox, FOX, **QUICK)
+    vertices, viewmats = request.arrays["vertices"], request.arrays["viewmats"]
+    nose, tail = vertices[vertices[:, 1].argmin()], vertices[vertices[:, 1].argmax()]
+    depths = [[(M[:3, :3] @ p + M[:3, 3])[2] for p in (nose, tail)] for M in viewmats]
+    assert depths[0][0] < depths[0][1] and depths[2][0] > depths[2][1]
+    left, right = ((M[:3, :3] @ nose + M[:3, 3])[0] for M in viewmats[[1, 3]])
+    assert left < 0 < right  # seen from its left, the fox looks to the left of the picture
+
+
+def test_depth_is_the_distance_along_the_axis(fox) -> None:
+    request = capture.capture(fox, FOX, size=128, samples=4)
+    a = request.arrays
+    depths = a["depths"]
+    assert ((depths == 0) == (a["views"][..., 3] <= 127)).mean() > 0.99
+    for v, (M, K) in enumerate(zip(a["viewmats"], a["Ks"])):
+        row, column = np.nonzero(depths[v])
+        z = depths[v][row, column]
+        points = np.stack([(column + 0.5 - K[0, 2]) * z / K[0, 0], (row + 0.5 - K[1, 2]) * z / K[1, 1], z], 1)
+        points = (points - M[:3, 3]) @ M[:3, :3]  # into capture space
+        span = np.ptp(a["vertices"], axis=0)
+        assert (points > a["vertices"].min(0) - 0.02 * span.max()).all() and (points < a["vertices"].max(0) + 0.02 * span.max()).all()
+
+
+def furnished_scene(kit):
+    """A scene in which much could go wrong: lamp, camera, parent, modifier, shape key, materials, handlers, selection."""
+    cone = kit.make_cone()
+    parent = bpy.data.objects.new("Parent", None)
+    lamp = bpy.data.objects.new("Lamp", bpy.data.lights.new("Lamp", "POINT"))
+    eye = bpy.data.objects.new("Eye", bpy.data.cameras.new("Eye"))
+    for obj in (parent, lamp, eye):
+        bpy.context.scene.collection.objects.link(obj)
+    bpy.context.scene.camera = eye
+    cone.parent, parent.location, parent.rotation_euler.z = parent, (3, 2, 1), 0.6
+    cone.modifiers.new("Soft", "SUBSURF")
+    cone.modifiers.new("Bent", "SIMPLE_DEFORM").angle = 0.5
+    cone.shape_key_add(name="Basis")
+    cone.shape_key_add(name="Wide").value = 0.5
+    cone.data.materials.append(bpy.data.materials.new("Red"))
+    cone.select_set(True)
+    bpy.context.view_layer.objects.active = cone
+    bpy.context.scene.frame_set(7)
+    heard = []
+    bpy.app.handlers.render_complete.append(lambda *_: heard.append("render"))
+    bpy.app.handlers.frame_change_post.append(lambda *_: heard.append("frame"))
+    return cone, heard
+
+
+def stop_at(step: int):
+    def report(_stage: str, done: int, _total: int) -> None:
+        if done == step:
+            raise Cancelled
+
+    return report
+
+
+@pytest.mark.parametrize("how", ["whole", "cancelled", "dropped", "failed"])
+def test_nothing_of_the_users_is_touched(kit, how, monkeypatch) -> None:
+    cone, heard = furnished_scene(kit)
+    before = kit.everything()
+    from cycles import CyclesRender
+
+    engine = CyclesRender.__dict__["render"]
+    if how == "whole":
+        capture.capture([cone], FOX, **QUICK)
+    elif how == "cancelled":
+        with pytest.raises(Cancelled):
+            capture.capture([cone], FOX, report=stop_at(2), **QUICK)
+    elif how == "dropped":
+        working = capture.steps([cone], FOX, **QUICK)
+        next(working), next(working)
+        working.close()
+    else:
+        def break_down(self, depsgraph):
+            raise RuntimeError("no memory")
+
+        monkeypatch.setattr(CyclesRender, "render", break_down)
+        engine = break_down
+        with pytest.raises(InputError) as caught:
+            capture.capture([cone], FOX, **QUICK)
+        assert caught.value.code == "render_failed"
+    assert kit.everything() == before
+    assert CyclesRender.__dict__["render"] is engine and heard == []
+
+
+def test_nothing_of_ours_is_there_in_the_pauses(kit) -> None:
+    cone, _ = furnished_scene(kit)
+    before, working, pauses = kit.everything(), capture.steps([cone], FOX, **QUICK), []
+    while True:
+        try:
+            pauses.append(next(working))
+        except StopIteration as stop:
+            assert stop.value.arrays["views"].shape == (4, 64, 64, 4)
+            break
+        assert kit.everything() == before
+    assert pauses == [1, 2, 3, 4]
+
+
+def test_change_in_a_pause_is_noticed(kit) -> None:
+    cone = kit.make_cone()
+    working = capture.steps([cone], FOX, **QUICK)
+    next(working)
+    cone.data.vertices[0].co.x += 1
+    with pytest.raises(InputError) as caught:
+        next(working)
+    assert caught.value.code == "changed_during_capture"
+
+
+def test_renamed_and_deleted_in_a_pause(kit) -> None:
+    cone, other = kit.make_cone("A"), kit.make_cone("B")
+    working = capture.steps([cone, other], FOX, **QUICK)
+    next(working)
+    cone.name = "Renamed"
+    next(working)
+    bpy.data.objects.remove(other)
+    with pytest.raises(InputError) as caught:
+        next(working)
+    assert caught.value.code == "object_missing" and "'B'" in caught.value.message
+
+
+def test_where_the_object_stands_and_looks_does_not_matter(kit) -> None:
+    cone = kit.make_cone()
+    still = capture.capture([cone], FOX, **QUICK)
+    cone.location, cone.rotation_euler = (1000, -2000, 30), (0, 0, math.radians(130))
+    moved = capture.capture([cone], FOX, **QUICK)
+    np.testing.assert_allclose(moved.arrays["vertices"], still.arrays["vertices"], atol=1e-5)
+    assert np.abs(moved.arrays["views"].astype(int) - still.arrays["views"]).mean() < 1.0
+    seen = capture.snapshot([cone])
+    np.testing.assert_allclose(kit.to_world(seen, seen.vertices), kit.world_positions([cone]), atol=2e-3)
+
+
+@pytest.mark.parametrize(("scale", "turn", "expected"), [
+    ((1, 1, 1), 0, 0), ((2, 0.5, 3), 40, 40), ((-1, 1, 1), 0, 0), ((1, -1, 1), 25, 25), ((1, 1, -1), -70, -70), ((-2, -1, -1), 10, 10)])
+def test_front_is_the_objects_own(kit, scale, turn, expected) -> None:
+    """Mirrored objects too keep their own -Y as front (up to the mirroring itself)."""
+    cone = kit.make_cone()
+    cone.scale, cone.rotation_euler = scale, (0, 0, math.radians(turn))
+    seen = capture.snapshot([cone])
+    yaw = math.degrees(math.atan2(seen.to_world[1, 0], seen.to_world[0, 0]))
+    assert abs((yaw - expected + 90) % 180 - 90) < 1e-3
+    np.testing.assert_allclose(kit.to_world(seen, seen.vertices), kit.world_positions([cone]), atol=1e-5)
+    a, b, c = (seen.vertices[seen.faces[:, k]] for k in range(3))
+    assert np.einsum("ij,ij->i", np.cross(a, b), c).sum() > 0  # the outside stays outside
+
+
+def test_tilt_is_left_in(kit) -> None:
+    cone = kit.make_cone()
+    cone.rotation_euler = (math.radians(90), 0, 0)  # points downwards
+    seen = capture.snapshot([cone])
+    assert seen.vertices[:, 2].min() == pytest.approx(-1, abs=1e-5)
+    np.testing.assert_allclose(seen.to_world, np.eye(4), atol=1e-6)
+
+
+@pytest.mark.parametrize("front", ["+X", "-Y", "-X", "+Y"])
+def test_the_front_setting_turns_the_cameras(kit, front) -> None:
+    request = capture.capture([kit.make_cone()], Settings(prompt="x", front=front), **QUICK)
+    centre = canonical_similarity(request.arrays["vertices"]).centre
+    eye = -np.linalg.inv(request.arrays["viewmats"][0][:3, :3]) @ request.arrays["viewmats"][0][:3, 3] - centre
+    axis = {"X": 0, "Y": 1}[front[1]]
+    assert np.argmax(np.abs(eye)) == axis and np.sign(eye[axis]) == float(front[0] + "1")
+
+
+def test_sheared_by_its_parent(kit) -> None:
+    cone, parent = kit.make_cone(), bpy.data.objects.new("Parent", None)
+    bpy.context.scene.collection.objects.link(parent)
+    parent.scale, cone.parent, cone.rotation_euler = (3, 1, 0.5), parent, Euler((0.3, 0.4, 0.7))
+    request = capture.capture([cone], FOX, size=96, samples=4)
+    assert_pictures_agree(request)
+    seen = capture.snapshot([cone])
+    np.testing.assert_allclose(kit.to_world(seen, seen.vertices), kit.world_positions([cone]), atol=1e-5)
+
+
+def test_modifiers_that_add_vertices_stay_out(kit) -> None:
+    cone = kit.make_cone()
+    cone.modifiers.new("Smooth", "SUBSURF").levels = 2
+    request = capture.capture([cone], FOX, size=96, samples=4)
+    assert len(request.arrays["vertices"]) == 13
+    assert_pictures_agree(request)  # the pictures show what the server gets
+
+
+def test_modifiers_below_a_subdivision_count(kit) -> None:
+    cone = kit.make_cone()
+    bend = cone.modifiers.new("Bend", "SIMPLE_DEFORM")
+    bend.deform_method, bend.angle = "TWIST", 1.0
+    alone = capture.snapshot([cone])
+    cone.modifiers.new("Smooth", "SUBSURF")
+    both = capture.snapshot([cone])
+    np.testing.assert_array_equal(both.vertices, alone.vertices)
+    assert np.abs(alone.vertices - np.array([v.co for v in cone.data.vertices])).max() > 0.05
+    assert alone.objects[0].unbend is not None
+
+
+def test_edit_mode_stays_and_its_changes_count(kit) -> None:
+    cone = kit.make_cone()
+    bpy.context.view_layer.objects.active = cone
+    bpy.ops.object.mode_set(mode="EDIT")
+    import bmesh
+
+    edited = bmesh.from_edit_mesh(cone.data)
+    edited.verts.ensure_lookup_table()
+    edited.verts[12].co.y = -5
+    seen = capture.snapshot([cone])
+    assert cone.mode == "EDIT" and seen.vertices[12, 1] == -5
+
+
+def test_hidden_objects_can_be_captured(kit) -> None:
+    cone = kit.make_cone()
+    cone.hide_viewport = True
+    assert capture.capture([cone], FOX, **QUICK).arrays["views"][..., 3].any()
+
+
+def test_several_objects_are_one_shape(load) -> None:
+    shark = load("shark.glb")
+    seen = capture.snapshot(shark)
+    request = capture.capture(seen, Settings(prompt="the shark swims"), size=96, samples=4)
+    assert request.arrays["object_counts"].tolist() == [len(o.data.vertices) for o in shark]
+    assert [w["code"] for w in seen.warnings] == ["several_objects"]
+    assert_pictures_agree(request)
+
+
+def test_bone_parented_parts(load) -> None:
+    robot = load("robot_expressive.glb")
+    assert_pictures_agree(capture.capture(robot, Settings(prompt="the robot walks"), size=128, samples=4))
+
+
+def test_large_mesh(kit) -> None:
+    grid = kit.make_grid(548)
+    request = capture.capture([grid], FOX, size=64, samples=1)
+    assert len(request.arrays["vertices"]) == 300_304 and len(request.arrays["faces"]) == 2 * 547**2
+    assert_pictures_agree(request)
+
+
+# Colours
+
+
+def material(name: str, color=(0.8, 0.8, 0.8)):
+    made = bpy.data.materials.new(name)
+    if bpy.app.version < (5, 0, 0):
+        made.use_nodes = True
+    shader = next(node for node in made.node_tree.nodes if node.type == "BSDF_PRINCIPLED")
+    shader.inputs["Base Color"].default_value = (*color, 1)
+    return made, shader
+
+
+def image(name: str, width: int, height: int, is_float: bool = False):
+    made = bpy.data.images.new(name, width, height, float_buffer=is_float)
+    ramp = np.zeros((height, width, 4), np.float32)
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 1, width), np.linspace(0, 1, height)[:, None]
+    ramp[..., 3] = 1
+    made.pixels.foreach_set(ramp.ravel())
+    return made
+
+
+def test_plain_colours_are_srgb(kit) -> None:
+    cone = kit.make_cone()
+    for name, color in (("Grey", (0.2140, 0.2140, 0.2140)), ("Red", (1, 0, 0))):
+        cone.data.materials.append(material(name, color)[0])
+    cone.data.polygons[0].material_index = 1
+    seen = capture.snapshot([cone])
+    assert [texture.tolist() for texture in seen.textures] in ([[[[127, 127, 127]]], [[[255, 0, 0]]]], [[[[128, 128, 128]]], [[[255, 0, 0]]]])
+    assert seen.materials.tolist().count(1) == 1 and seen.warnings == []
+    assert_pictures_agree(capture.capture(seen, FOX, **QUICK))
+
+
+def test_texture_times_factor_and_its_uvs(kit) -> None:
+    grid = kit.make_grid(5)
+    made, shader = material("Painted")
+    tree = made.node_tree
+    picture, mix = tree.nodes.new("ShaderNodeTexImage"), tree.nodes.new("ShaderNodeMix")
+    picture.image, mix.data_type, mix.blend_type = image("Ramp", 2048, 512), "RGBA", "MULTIPLY"
+    inputs = {socket.identifier: socket for socket in mix.inputs}
+    inputs["Factor_Float"].default_value = 1.0
+    inputs["B_Color"].default_value = (0.5, 1, 1, 1)
+    tree.links.new(picture.outputs["Color"], inputs["A_Color"])
+    tree.links.new(next(s for s in mix.outputs if s.identifier == "Result_Color"), shader.inputs["Base Color"])
+    grid.data.materials.append(made)
+    wrong, right = grid.data.uv_layers.new(name="Wrong"), grid.data.uv_layers.new(name="Right")
+    right.active_render = True
+    corners = np.array([grid.data.vertices[loop.vertex_index].co[:2] for loop in grid.data.loops], np.float32)
+    right.uv.foreach_set("vector", (corners / 2 + 0.5).ravel())
+    wrong.uv.foreach_set("vector", np.zeros(corners.size, np.float32))
+    seen = capture.snapshot([grid])
+    (texture,) = seen.textures
+    assert texture.shape == (256, 1024, 3)
+    assert texture[0, 0].tolist() == pytest.approx([0, 254, 0], abs=2)  # the top row comes first
+    assert texture[-1, -1].tolist() == pytest.approx([187, 1, 0], abs=3)  # half of white is 0.735 in sRGB
+    np.testing.assert_allclose(seen.uvs[:, :, 0], seen.vertices[seen.faces][:, :, 0] / 2 + 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "domain"), [("FLOAT_COLOR", "POINT"), ("BYTE_COLOR", "CORNER")])
+def test_colour_attributes_become_texels(kit, kind, domain) -> None:
+    grid = kit.make_grid(20)
+    made, shader = material("Painted")
+    node = made.node_tree.nodes.new("ShaderNodeVertexColor")
+    node.layer_name = "Paint"
+    made.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
+    grid.data.materials.append(made)
+    attribute = grid.data.color_attributes.new("Paint", kind, domain)
+    where = [v.co for v in grid.data.vertices] if domain == "POINT" else [grid.data.vertices[x.vertex_index].co for x in grid.data.loops]
+    attribute.data.foreach_set("color", np.array([(p[0] / 2 + 0.5, p[1] / 2 + 0.5, 0.1, 1) for p in where], np.float32).ravel())
+    seen = capture.snapshot([grid])
+    mesh = Mesh(seen.vertices, seen.faces, seen.uvs, seen.materials, [t.astype(np.float32) / 255 for t in seen.textures])
+    found = mesh.corner_colors(seen.uvs.mean(1), np.arange(len(seen.faces)))
+    middle = seen.vertices[seen.faces].mean(1)[:, :2] / 2 + 0.5
+    linear = np.where(found <= 0.04045, found / 12.92, ((found + 0.055) / 1.055) ** 2.4)
+    np.testing.assert_allclose(linear[:, :2], middle, atol=0.01)
+
+
+@pytest.mark.parametrize("code", ["no_material", "missing_texture", "no_uvs"])
+def test_missing_colours_are_warnings(kit, code, tmp_path) -> None:
+    cone = kit.make_cone()
+    if code != "no_material":
+        made, shader = material("Painted")
+        node = made.node_tree.nodes.new("ShaderNodeTexImage")
+        if code == "missing_texture":
+            cone.data.uv_layers.new()
+            node.image = bpy.data.images.new("Lost", 4, 4)
+            node.image.source, node.image.filepath = "FILE", str(tmp_path / "lost.png")
+        else:
+            node.image = image("Ramp", 8, 8)
+        made.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
+        cone.data.materials.append(made)
+    seen = capture.snapshot([cone])
+    (warning,) = seen.warnings
+    assert warning["code"] == code and "Cone" in warning["message"] + "Cone" * (code == "missing_texture") and warning["action"]
+    check_request(capture.capture(seen, FOX, **QUICK))
+
+
+# What can't be animated
+
+
+def keyed(owner, path: str = "location") -> None:
+    owner.keyframe_insert(path, frame=1)
+
+
+def lattice(cone):
+    cage = bpy.data.objects.new("Cage", bpy.data.lattices.new("Cage"))
+    bpy.context.scene.collection.objects.link(cage)
+    cone.modifiers.new("Caged", "LATTICE").object = cage
+    return cage
+
+
+def shaped(cone):
+    cone.shape_key_add(name="Basis")
+    return cone.shape_key_add(name="Key")
+
+
+def into_nla(cone) -> None:
+    keyed(cone)
+    action, cone.animation_data.action = cone.animation_data.action, None
+    cone.animation_data.nla_tracks.new().strips.new("Strip", 1, action)
+
+
+def bad_mesh(kit, vertices, faces):
+    return [kit.make_object("Bad", vertices, faces)]
+
+
+SQUARE = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0)]
+REFUSED = {
+    "no_mesh_selected": lambda kit, cone: [],
+    "wrong_object_type": lambda kit, cone: [bpy.data.objects.new("Lamp", bpy.data.lights.new("Lamp", "SUN"))],
+    "empty_mesh": lambda kit, cone: bad_mesh(kit, [], []),
+    "too_few_vertices": lambda kit, cone: bad_mesh(kit, [(0, 0, 0)], []),
+    "no_faces": lambda kit, cone: bad_mesh(kit, SQUARE, []),
+    "degenerate_mesh": lambda kit, cone: bad_mesh(kit, [(1, 2, 3)] * 4, [(0, 1, 2, 3)]),
+    "not_finite": lambda kit, cone: bad_mesh(kit, [*SQUARE[:3], (float("nan"), 0, 0)], [(0, 1, 2, 3)]),
+    "flat_transform": lambda kit, cone: cone.scale.__setitem__(2, 0.0),
+    "shared_mesh": lambda kit, cone: [cone, bpy.data.objects.new("Twin", cone.data)],
+    "absolute_shape_keys": lambda kit, cone: shaped(cone).id_data.__setattr__("use_relative", False),
+    "already_animated": lambda kit, cone: keyed(cone),
+    "already_animated in the NLA": lambda kit, cone: into_nla(cone),
+    "already_animated by shape keys": lambda kit, cone: keyed(shaped(cone), "value"),
+    "already_animated by a modifier": lambda kit, cone: keyed(lattice(cone)),
+    "already_animated by physics": lambda kit, cone: cone.modifiers.new("Cloth", "CLOTH") and None,
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_the_object_and_leave_no_trace(kit, case) -> None:
+    cone = kit.make_cone()
+    objects = REFUSED[case](kit, cone)
+    objects = [cone] if objects is None else objects
+    before = kit.everything()
+    with pytest.raises(InputError) as caught:
+        capture.capture(objects, FOX, **QUICK)
+    assert caught.value.code == case.split()[0] and caught.value.action
+    if objects and case != "degenerate_mesh":
+        assert f"'{objects[-1].name}'" in caught.value.message
+    after = kit.everything()
+    if case != "not_finite":  # nan is not equal to itself, but its bytes are
+        assert after == before
+
+
+def test_unknown_front(kit) -> None:
+    with pytest.raises(InputError) as caught:
+        capture.capture([kit.make_cone()], Settings(prompt="x", front="up"), **QUICK)
+    assert caught.value.code == "bad_front"
+
+
+def test_a_still_rig_is_no_animation(kit) -> None:
+    cone = kit.make_cone()
+    cage = lattice(cone)
+    cage.data.points[0].co_deform.x += 1
+    assert capture.snapshot([cone]).objects[0].unbend is not None
+
+
+def test_matrix_of_a_muted_parent_is_used(kit) -> None:
+    """An object that follows an animated parent keeps its own shape still, so it can be animated."""
+    cone, parent = kit.make_cone(), bpy.data.objects.new("Carrier", None)
+    bpy.context.scene.collection.objects.link(parent)
+    cone.parent = parent
+    parent.matrix_world = Matrix.Translation((4, 5, 6))
+    keyed(parent)
+    seen = capture.snapshot([cone])
+    np.testing.assert_allclose(seen.to_world[:3, 3], (4, 5, 6), atol=1e-6)
