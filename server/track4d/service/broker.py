@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -108,16 +109,23 @@ class Broker:
         self._early_ends = 0  # of workers that never were ready, in a row
         self._broken: dict[str, str] | None = None  # why no worker can start
         self._beaten = 0.0
-        self._store = Store(home)
-        self._context = zmq.Context()
-        self._gatekeeper = Gatekeeper(self._context, home)
-        with storing(home):
-            keys = server_keys(home)
-            self._socket = self._listen(address, keys)
-            bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-            self._local = bound.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-            self._server_key = keys.server_key
-            write_connection(home / CONNECTION_FILE, grant(home, LOCAL_CLIENT, self._local))
+        with contextlib.ExitStack() as cleanup:  # a context that isn't ended properly would hang the interpreter's exit
+            self._store = Store(home)
+            cleanup.callback(self._store.close)
+            self._context = zmq.Context()
+            cleanup.callback(self._context.term)
+            self._gatekeeper = Gatekeeper(self._context, home)
+            cleanup.callback(self._gatekeeper.close)
+            with storing(home):
+                keys = server_keys(home)
+                self._socket = self._listen(address, keys)
+                cleanup.callback(self._socket.close, linger=200)
+                bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+                self._local = bound.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+                self._server_key = keys.server_key
+                write_connection(home / CONNECTION_FILE, grant(home, LOCAL_CLIENT, self._local))
+                cleanup.callback((home / CONNECTION_FILE).unlink, missing_ok=True)
+            self._cleanup = cleanup.pop_all()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._gatekeeper.socket, zmq.POLLIN)
@@ -160,15 +168,12 @@ class Broker:
                 self._store.interrupted(self._running.job_id)
         for peer in list(self._peers.values()):
             self._deliver(peer)
-        (self._home / CONNECTION_FILE).unlink(missing_ok=True)
-        self._socket.close(linger=200)
-        self._gatekeeper.close()
-        self._context.term()
-        self._store.close()
+        self._cleanup.close()
         log.info("server ended")
 
     def _listen(self, address: str, keys: Connection) -> zmq.Socket:
-        if not address.startswith("tcp://"):
+        match = re.fullmatch(r"tcp://[^/]+:(\*|\d{1,5})", address)
+        if match is None or (match[1] != "*" and not 0 < int(match[1]) < 65536):  # ZeroMQ would take a port modulo 65536
             raise InputError("bad_address", f"'{address}' is not an address.", "Use tcp://host:port, with * for a free port.")
         socket = self._context.socket(zmq.ROUTER)
         socket.linger = 0
