@@ -144,9 +144,11 @@ class ClientThread(threading.Thread):
         self._source: Source | None = None
         self._client: Client | None = None
         self._announced: tuple[Server, str] = (Server.UNKNOWN, "")
-        self._may_start = False
+        self._may_start = self._may_restart = False
         self._was_connected = False
         self._next_attempt = 0.0
+        self._info: dict[str, Any] = {}
+        self._next_hello = 0.0
         self._work: list[Command] = []  # what waits for the server, in order
         self._tries: dict[str, int] = {}
         self._watched: set[str] = set()
@@ -174,9 +176,9 @@ class ClientThread(threading.Thread):
             if command.source != self._source:
                 self._close()
                 self._source, self._was_connected = command.source, False
-            self._may_start |= command.start
-            self._next_attempt = 0.0
-            self._announced = (Server.UNKNOWN, "")
+            if self._client is None:
+                self._may_start |= command.start
+                self._next_attempt, self._announced = 0.0, (Server.UNKNOWN, "")
         elif isinstance(command, Cancel):
             self._work = [item for item in self._work if getattr(item, "job_id", None) != command.job_id] + [command]
             self._watched.discard(command.job_id)
@@ -195,7 +197,11 @@ class ClientThread(threading.Thread):
         while self._work:
             self._do(self._client, self._work[0])  # stays first in the list when the server is lost meanwhile
             del self._work[0]
+        if self._info.get("worker") == "starting" and time.monotonic() > self._next_hello:
+            self._greet(self._client)
         for job in self._client.poll(POLL):
+            if job.state.final:
+                self._watched.discard(job.id)
             self.events.put(JobChanged(job))
 
     def _do(self, client: Client, command: Command) -> None:
@@ -238,17 +244,25 @@ class ClientThread(threading.Thread):
     def _connect(self, source: Source) -> None:
         from track4d_protocol.client import Client
 
-        unfinished = bool(self._watched) or any(isinstance(item, Submit) for item in self._work)
-        start = source.connection_file is None and (self._may_start or (self._was_connected and unfinished))
+        unfinished = bool(self._watched) or any(isinstance(item, (Submit, Fetch)) for item in self._work)
+        start = source.connection_file is None and (self._may_start or (self._may_restart and unfinished))
+        self._may_start = self._may_restart = False  # a start that fails is not tried again until somebody asks
         self._announce(Server.STARTING if start else Server.LOST if self._was_connected else Server.CONNECTING)
         connection = find_connection(source, start)
         self._client = Client(connection, timeout=CLIENT_TIMEOUT)
-        hello = self._client.hello()
-        self._may_start, self._was_connected = False, True
-        self._announce(Server.CONNECTED, hello=hello)
+        self._greet(self._client)
+        self._may_restart = self._was_connected = True
         self._list(self._client)
         for job_id in sorted(self._watched):
             self._watch(self._client, job_id)
+
+    def _greet(self, client: Client) -> None:
+        """Say hello; again while the worker starts, since only the worker knows the device."""
+        info = client.hello()
+        self._next_hello = time.monotonic() + RETRY
+        if info != self._info or self._announced[0] is not Server.CONNECTED:
+            self._info, self._announced = info, (Server.CONNECTED, "")
+            self.events.put(ServerChanged(Server.CONNECTED, info))
 
     def _watch(self, client: Client, job_id: str) -> None:
         try:
@@ -261,11 +275,10 @@ class ClientThread(threading.Thread):
 
     def _disconnect(self, error: Track4DError) -> None:
         self._close()
-        self._may_start = False  # an attempt to start that failed is not repeated until somebody asks
         self._next_attempt = time.monotonic() + RETRY
         self._announce(Server.LOST if self._was_connected else Server.ABSENT, error=error)
 
-    def _announce(self, server: Server, hello: dict[str, Any] | None = None, error: Track4DError | None = None) -> None:
+    def _announce(self, server: Server, error: Track4DError | None = None) -> None:
         told = (server, error.code if error else "")
         quiet = (
             server in (Server.CONNECTING, Server.LOST)
@@ -274,7 +287,7 @@ class ClientThread(threading.Thread):
         )
         if told != self._announced and not quiet:
             self._announced = told
-            self.events.put(ServerChanged(server, hello, error))
+            self.events.put(ServerChanged(server, None, error))
 
     def _close(self) -> None:
         if self._client is not None:

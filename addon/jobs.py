@@ -91,7 +91,8 @@ class State:
     active: dict[str, ActiveJob] = field(default_factory=dict)
     finished: dict[str, FinishedJob] = field(default_factory=dict)
     problem: Problem | None = None
-    warnings: list[Problem] = field(default_factory=list)  # of the last result that was applied
+    warnings: list[Problem] = field(default_factory=list)  # of the last capture or result
+    applied: dict[str, Any] | None = None  # what the last result was put on: objects, frame_start, frame_end
     last_report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -119,7 +120,7 @@ def start(context: bpy.types.Context, objects: list[bpy.types.Object]) -> str:
     seen = snapshot(objects)
     job = ActiveJob(uuid.uuid4().hex, settings.prompt, [item.name for item in seen.objects], seen, total=len(AZIMUTHS))
     state.active[job.id] = job
-    state.problem, state.warnings = None, [_warning(w) for w in seen.warnings]
+    state.problem, state.applied, state.warnings = None, None, [_warning(w) for w in seen.warnings]
     _captures[job.id] = steps(seen, settings)
     attach(context, start=True)
     return job.id
@@ -165,6 +166,11 @@ def dismiss(job_id: str) -> None:
         _drop(job_id)
         if _thread is not None:
             _thread.commands.put(link.Forget(job_id))
+
+
+def complain(error: Track4DError) -> None:
+    """Show an error in the panel."""
+    state.problem = _problem(error)
 
 
 def attach(context: bpy.types.Context, start: bool = False) -> None:
@@ -348,7 +354,7 @@ def _apply(job_id: str, seen: Snapshot, result: Result) -> None:
 
     objects = find_objects(seen)
     scenes = [*objects[0].users_scene, bpy.context.scene]
-    shape_keys(seen, result, frame_start=scenes[0].frame_start)
+    state.applied = shape_keys(seen, result, frame_start=scenes[0].frame_start)
     for obj in objects:
         obj.data.shape_keys[marks.MARK]["job"] = job_id
     state.last_report = result.report

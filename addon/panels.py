@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import bpy
 
@@ -19,17 +19,22 @@ STAGES = {  # the server's names of its stages, as a user reads them
     "sample": "Sampling frames",
     "cancelling": "Cancelling",
 }
-FIXES = {  # error code: operator, button
-    "server_not_running": ("track4d.start_server", "Start the Server"),
-    "server_unreachable": ("track4d.start_server", "Start the Server"),
-    "server_python_missing": ("track4d.open_preferences", "Open the Preferences"),
-    "server_lost": ("track4d.start_server", "Start the Server"),
-    "server_not_started": ("track4d.open_preferences", "Open the Preferences"),
-    "home_unwritable": ("track4d.open_preferences", "Open the Preferences"),
-    "no_connection_file": ("track4d.open_preferences", "Open the Preferences"),
-    "bad_connection_file": ("track4d.open_preferences", "Open the Preferences"),
-    "not_authorised": ("track4d.open_preferences", "Open the Preferences"),
-    "offline": ("track4d.open_preferences", "Open the Preferences"),
+START = ("track4d.start_server", "Start the Server", {})
+CHOOSE = ("track4d.open_preferences", "Open the Preferences", {})
+FIXES: dict[str, tuple[str, str, dict[str, Any]]] = {  # error code: operator, button, properties
+    "server_not_running": START,
+    "server_unreachable": START,
+    "server_lost": START,
+    "server_python_missing": CHOOSE,
+    "server_not_started": CHOOSE,
+    "home_unwritable": CHOOSE,
+    "no_connection_file": CHOOSE,
+    "bad_connection_file": CHOOSE,
+    "not_authorised": CHOOSE,
+    "offline": CHOOSE,
+    "in_edit_mode": ("object.mode_set", "Leave Edit Mode", {"mode": "OBJECT"}),
+    "linked_data": ("object.make_local", "Make Local", {"type": "SELECT_OBDATA"}),
+    "shared_mesh": ("object.make_single_user", "Make Single User", {"object": True, "obdata": True}),
 }
 
 
@@ -51,11 +56,13 @@ class VIEW3D_PT_track4d(bpy.types.Panel):
         button.scale_y = 1.4
         button.operator("track4d.animate", icon="PLAY")
         for job in state.active.values():
-            _draw_job(layout, job)
+            _draw_job(layout, job, context.region.width)
         if state.problem is not None:
             draw_problem(layout.box(), state.problem, context.region.width, dismissable=True)
-        for warning in state.warnings:
-            draw_problem(layout.box(), warning, context.region.width, icon="INFO")
+        if state.applied is not None:
+            _draw_applied(layout, state.applied)
+        if state.warnings:
+            _draw_warnings(layout, state.warnings, context.region.width)
         if state.finished:
             _draw_results(layout, list(state.finished.values()))
 
@@ -74,52 +81,73 @@ class VIEW3D_PT_track4d_advanced(bpy.types.Panel):
         layout.use_property_decorate = False
         for name in ("front", "preset", "frames", "seed"):
             layout.prop(settings, name)
-        layout.operator("track4d.remove_animation", icon="TRASH")
 
 
 def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> None:
     """One line about the server, or what keeps it away and the button that helps."""
+    device = (state.hello or {}).get("device", "")
     text, icon = {
         "unknown": ("Looking for the server", "SORTTIME"),
         "connecting": ("Looking for the server", "SORTTIME"),
         "starting": ("Starting the server", "SORTTIME"),
-        "connected": (f"Connected: {(state.hello or {}).get('device', 'server')}", "CHECKMARK"),
+        "connected": (f"Server on {device}" if device else "Server ready", "CHECKMARK"),
         "absent": ("No server", "UNLINKED"),
-        "lost": ("Lost the server, looking for it again", "UNLINKED"),
+        "lost": ("Lost the server, looking for it", "UNLINKED"),
     }[state.server.value]
     layout.label(text=text, icon=icon)
     if state.server_problem is not None:
         draw_problem(layout.box(), state.server_problem, width)
 
 
-def draw_problem(
-    layout: bpy.types.UILayout, problem: Problem, width: int, icon: str = "ERROR", dismissable: bool = False
-) -> None:
+def draw_problem(layout: bpy.types.UILayout, problem: Problem, width: int, dismissable: bool = False) -> None:
     """What is wrong, what to do, and a button that does it where there is one."""
-    column = layout.column(align=True)
-    for number, line in enumerate(wrap(f"{problem.message} {problem.action}", width)):
-        column.label(text=line, icon=icon if number == 0 else "BLANK1")
-    row = layout.row(align=True)
+    _draw_text(layout, f"{problem.message} {problem.action}", width, "ERROR")
     if problem.code in FIXES:
-        operator, text = FIXES[problem.code]
-        row.operator(operator, text=text)
+        operator, text, values = FIXES[problem.code]
+        button = layout.operator(operator, text=text)
+        for name, value in values.items():
+            setattr(button, name, value)
     if dismissable:
+        row = layout.row(align=True)
         row.operator("track4d.copy_report", icon="COPYDOWN")
         row.operator("track4d.dismiss_error", icon="X")
 
 
-def _draw_job(layout: bpy.types.UILayout, job: ActiveJob) -> None:
+def _draw_warnings(layout: bpy.types.UILayout, warnings: list[Problem], width: int) -> None:
+    box = layout.box()
+    for warning in warnings:
+        _draw_text(box, f"{warning.message} {warning.action}", width, "INFO")
+    box.operator("track4d.dismiss_error", icon="X")
+
+
+def _draw_text(layout: bpy.types.UILayout, text: str, width: int, icon: str) -> None:
+    column = layout.column(align=True)
+    column.scale_y = 0.8
+    for number, line in enumerate(wrap(text, width)):
+        column.label(text=line, icon=icon if number == 0 else "BLANK1")
+
+
+def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int) -> None:
     from . import previews
 
     box = layout.box()
-    row = box.row()
-    row.label(text=f"{job.objects[0]}: {job.prompt}" if job.objects else job.prompt, icon="ARMATURE_DATA")
-    row.operator("track4d.cancel", text="", icon="X").job_id = job.id
+    box.label(text=f"{job.objects[0]}: {job.prompt}" if job.objects else job.prompt, icon="ARMATURE_DATA")
     box.progress(factor=job.step / job.total if job.total else 0.0, text=job_text(job))
     picture = previews.icon(job.id)
     if picture:
-        box.template_icon(picture, scale=8)
+        units = width / bpy.context.preferences.system.ui_scale / 20  # a unit is the height of a button
+        box.template_icon(picture, scale=max(5.0, min(16.0, units - 3.5)))
     box.operator("track4d.cancel", icon="CANCEL").job_id = job.id
+
+
+def _draw_applied(layout: bpy.types.UILayout, applied: dict[str, Any]) -> None:
+    box = layout.box()
+    frames = f"{applied['frame_start']:g} to {applied['frame_end']:g}"
+    box.label(text=f"{applied['objects'][0]} moves, frames {frames}", icon="CHECKMARK")
+    row = box.row(align=True)
+    play = row.operator("track4d.play", icon="PLAY")
+    play.frame_start, play.frame_end = int(applied["frame_start"]), int(applied["frame_end"])
+    row.operator("track4d.remove_animation", text="Remove", icon="TRASH")
 
 
 def _draw_results(layout: bpy.types.UILayout, results: list[FinishedJob]) -> None:

@@ -30,7 +30,8 @@ class TRACK4D_OT_animate(bpy.types.Operator):
         try:
             jobs.start(context, [o for o in context.selected_objects if o.type == "MESH"])
         except Track4DError as error:
-            self.report({"WARNING"}, f"{error.message} {error.action}")
+            jobs.complain(error)
+            self.report({"WARNING"}, error.message)
             return {"CANCELLED"}
         return {"FINISHED"}
 
@@ -66,16 +67,34 @@ class TRACK4D_OT_remove_animation(bpy.types.Operator):
         try:
             remove([o for o in context.selected_objects if _animated(o)])
         except Track4DError as error:
-            self.report({"WARNING"}, f"{error.message} {error.action}")
+            jobs.complain(error)
+            self.report({"WARNING"}, error.message)
             return {"CANCELLED"}
+        jobs.state.applied = None
         return {"FINISHED"}
+
+
+class TRACK4D_OT_play(bpy.types.Operator):
+    bl_idname = "track4d.play"
+    bl_label = "Play"
+    bl_description = "Play the animation over and over, by a preview range around it; again to stop"
+    bl_options = {"REGISTER", "UNDO"}
+
+    frame_start: bpy.props.IntProperty(options={"SKIP_SAVE"})
+    frame_end: bpy.props.IntProperty(options={"SKIP_SAVE"})
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        scene = context.scene
+        scene.use_preview_range = True
+        scene.frame_preview_start, scene.frame_preview_end = self.frame_start, self.frame_end
+        return bpy.ops.screen.animation_play()
 
 
 def _animated(obj: bpy.types.Object) -> bool:
     return obj.type == "MESH" and marks.MARK in (obj.data.shape_keys or ())
 
 
-CLASSES = (TRACK4D_OT_animate, TRACK4D_OT_cancel, TRACK4D_OT_remove_animation)
+CLASSES = (TRACK4D_OT_animate, TRACK4D_OT_cancel, TRACK4D_OT_remove_animation, TRACK4D_OT_play)
 
 
 def register() -> None:

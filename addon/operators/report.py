@@ -14,10 +14,10 @@ from .. import jobs
 class TRACK4D_OT_dismiss_error(bpy.types.Operator):
     bl_idname = "track4d.dismiss_error"
     bl_label = "Dismiss"
-    bl_description = "Put this message away"
+    bl_description = "Put the messages away"
 
     def execute(self, _context: bpy.types.Context) -> set[str]:
-        jobs.state.problem = None
+        jobs.state.problem, jobs.state.warnings = None, []
         return {"FINISHED"}
 
 

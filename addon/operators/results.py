@@ -19,7 +19,8 @@ class TRACK4D_OT_apply_result(bpy.types.Operator):
         try:
             jobs.apply(context, self.job_id)
         except Track4DError as error:
-            self.report({"WARNING"}, f"{error.message} {error.action}")
+            jobs.complain(error)
+            self.report({"WARNING"}, error.message)
             return {"CANCELLED"}
         return {"FINISHED"}
 

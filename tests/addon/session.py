@@ -235,8 +235,8 @@ def no_server(archive: str, **server) -> dict:
     jobs.wake(bpy.context)
     pump(lambda: jobs.state.server_problem is not None, 20)
     code = jobs.state.server_problem.code
-    operator = panels.FIXES[code][0].split(".")[1]
-    return {"code": code, "fix": operator in dir(bpy.ops.track4d)}
+    operator, _, _ = panels.FIXES[code]
+    return {"code": code, "fix": operator.removeprefix("track4d.") in dir(bpy.ops.track4d)}
 
 
 def register_twice(archive: str) -> dict:

@@ -1,0 +1,166 @@
+"""What a user does with Track4D, run inside a real Blender window by run.sh: type, press Animate, watch, play, cancel.
+
+The window is touched from outside, as by a hand: a line in /gui/request ("shot name", "click x y", "type words") is
+carried out by run.sh, which then removes the file. What is found wrong ends the story with a traceback in /gui/failed.
+"""
+
+import importlib
+import traceback
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import bpy
+
+GUI = Path("/gui")
+ADDON = "bl_ext.user_default.track4d"
+PROMPT = GUI.joinpath("prompt").read_text().strip()
+SECONDS = float(GUI.joinpath("seconds").read_text())  # how long an animation may take
+Wait = float | Callable[[], object]
+
+
+def jobs():
+    return importlib.import_module(f"{ADDON}.jobs")
+
+
+def viewport() -> tuple[bpy.types.Area, bpy.types.Region]:
+    area = next(a for a in bpy.context.window_manager.windows[0].screen.areas if a.type == "VIEW_3D")
+    return area, next(r for r in area.regions if r.type == "UI")
+
+
+def ask(request: str) -> Callable[[], bool]:
+    """A request to run.sh; the returned function is true when it is done."""
+    part = GUI / "request.part"
+    part.write_text(request)
+    part.rename(GUI / "request")
+    return lambda: not (GUI / "request").exists()
+
+
+def at(below: float) -> str:
+    """Screen coordinates of the middle of the sidebar, `below` pixels under its top."""
+    window = bpy.context.window_manager.windows[0]
+    _, region = viewport()
+    return f"{region.x + region.width // 2 - 10} {window.height - (region.y + region.height) + below:.0f}"
+
+
+def farthest(obj: bpy.types.Object) -> float:
+    """How far a vertex is from rest in this frame."""
+    mesh = obj.evaluated_get(bpy.context.evaluated_depsgraph_get()).data
+    return max((a.co - b.co).length for a, b in zip(mesh.vertices, obj.data.vertices))
+
+
+def load() -> bpy.types.Object:
+    """The model in the scene, selected, seen from three quarters, lit as in Material Preview."""
+    for obj in list(bpy.data.objects):
+        if obj.type == "MESH":
+            bpy.data.objects.remove(obj)
+    model = next(GUI.glob("model.*"), None)
+    if model is None:
+        bpy.ops.mesh.primitive_monkey_add(calc_uvs=True)
+    else:
+        bpy.ops.import_scene.gltf(filepath=str(model))
+    obj = next(o for o in bpy.data.objects if o.type == "MESH")
+    bpy.ops.object.select_all(action="DESELECT")
+    obj.select_set(True)
+    bpy.context.view_layer.objects.active = obj
+    return obj
+
+
+def press_animate() -> Generator[Wait, None, None]:
+    """Click the button; a slow window sometimes misses a click, so look whether it was taken."""
+    for _ in range(4):
+        yield ask(f"click {at(108)}")
+        yield 3.0
+        if jobs().state.active or jobs().state.problem:
+            return
+    raise AssertionError("the button Animate took no click")
+
+
+def story() -> Generator[Wait, None, None]:
+    area, region = viewport()
+    space = area.spaces.active
+    space.show_region_ui = True
+    space.shading.type = "MATERIAL"
+    obj = load()
+    with bpy.context.temp_override(area=area, region=next(r for r in area.regions if r.type == "WINDOW")):
+        bpy.ops.view3d.view_selected()
+    chosen = bpy.context.preferences.addons[ADDON].preferences
+    chosen.connection_file, chosen.server = str(GUI / "connection.json"), "FILE"
+    yield 1.0
+    region.active_panel_category = "Track4D"
+    area.tag_redraw()
+    yield lambda: jobs().state.server.value == "connected"
+    yield 2.0
+    yield ask("shot 1_ready")
+
+    yield ask(f"doubleclick {at(78)}")
+    yield ask(f"type {PROMPT}")
+    yield 1.0
+    assert bpy.context.scene.track4d.prompt == PROMPT, f"the field holds '{bpy.context.scene.track4d.prompt}'"
+    bpy.context.scene.track4d.preset = "fast"
+    yield from press_animate()
+    assert jobs().state.problem is None, jobs().state.problem
+    (job,) = jobs().state.active.values()
+    previews = importlib.import_module(f"{ADDON}.previews")
+    yield lambda: not jobs().state.active or (previews.icon(job.id) and job.step > 0)
+    yield 0.5
+    yield ask("shot 2_progress")
+    yield lambda: not jobs().state.active
+    assert jobs().state.problem is None, jobs().state.problem
+    assert len(obj.data.shape_keys.key_blocks) == 17, "the motion was not applied"
+    moved = {}
+    for frame in range(1, 17):
+        bpy.context.scene.frame_set(frame)
+        moved[frame] = farthest(obj)
+    best = max(moved, key=moved.get)
+    assert moved[best] > 0, moved
+    bpy.context.scene.frame_set(best)
+    yield 2.0
+    yield ask("shot 3_applied")
+
+    yield from press_animate()
+    yield lambda: any(j.phase.name == "RUNNING" for j in jobs().state.active.values()) or jobs().state.problem
+    (job,) = jobs().state.active.values()
+    yield 1.0
+    yield ask("shot 4_second")
+    bpy.ops.track4d.cancel(job_id=job.id)
+    assert not jobs().state.active
+    assert len(obj.data.shape_keys.key_blocks) == 17, "the cancelled run touched the mesh"
+    yield 1.5
+    yield ask("shot 5_cancelled")
+
+    chosen.home, chosen.server = str(GUI / "nothing"), "LOCAL"
+    yield lambda: jobs().state.server_problem is not None
+    yield 1.5
+    yield ask("shot 6_no_server")
+    bpy.ops.track4d.open_preferences()
+    yield 3.0
+    yield ask("shot 7_preferences")
+    (GUI / "passed").write_text(f"farthest vertex {moved[best]:.3f} in frame {best}\n")
+
+
+def driver() -> Callable[[], float | None]:
+    """A timer function that plays the story: a number waits so long, a function until it is true."""
+    acts, waiting, left = story(), None, SECONDS
+
+    def step() -> float | None:
+        nonlocal waiting, left
+        try:
+            if callable(waiting) and not waiting():
+                left -= 0.2
+                assert left > 0, f"waited {SECONDS} s for line {acts.gi_frame.f_lineno}"
+                return 0.2
+            left = SECONDS
+            waiting = next(acts)
+        except StopIteration:
+            return None
+        except Exception:  # noqa: BLE001 - told to run.sh, which prints it
+            (GUI / "failed").write_text(traceback.format_exc())
+            return None
+        return waiting if isinstance(waiting, float) else 0.2
+
+    return step
+
+
+bpy.context.preferences.view.show_splash = False
+bpy.app.timers.register(driver(), first_interval=1.0)
+(GUI / "ready").write_text("ok")
