@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import zmq
 from track4d_protocol.client import Client
 from track4d_protocol.keys import read_connection
 from track4d_protocol.messages import Request, Settings
@@ -128,6 +129,20 @@ def own_server(tmp_path):
 def client(server):
     with server.client() as client:
         yield client
+
+
+@pytest.fixture
+def raw(server):
+    """A socket with the right keys and no manners."""
+    context = zmq.Context()
+    connection = read_connection(server.connection_file)
+    dealer = context.socket(zmq.DEALER)
+    dealer.linger, dealer.rcvtimeo = 0, 20_000
+    dealer.curve_serverkey = connection.server_key
+    dealer.curve_publickey, dealer.curve_secretkey = connection.public_key, connection.secret_key
+    dealer.connect(connection.address)
+    yield dealer
+    context.destroy(0)
 
 
 @pytest.fixture

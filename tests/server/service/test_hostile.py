@@ -12,23 +12,9 @@ from track4d.service import grant
 from track4d_protocol import PROTOCOL_VERSION, codec
 from track4d_protocol.client import Client
 from track4d_protocol.errors import InputError, TransportError
-from track4d_protocol.keys import read_connection
+from track4d_protocol.keys import Connection, read_connection
 from track4d_protocol.limits import LIMITS
 from track4d_protocol.messages import JobState
-
-
-@pytest.fixture
-def raw(server):
-    """A socket with the right keys and no manners."""
-    context = zmq.Context()
-    connection = read_connection(server.connection_file)
-    dealer = context.socket(zmq.DEALER)
-    dealer.linger, dealer.rcvtimeo = 0, 20_000
-    dealer.curve_serverkey = connection.server_key
-    dealer.curve_publickey, dealer.curve_secretkey = connection.public_key, connection.secret_key
-    dealer.connect(connection.address)
-    yield dealer
-    context.destroy(0)
 
 
 def answer_to(raw, frames) -> codec.Message:
@@ -108,7 +94,8 @@ GARBAGE = {
     "two of one name": [HEAD + b"submit", header(arrays=[["a", "uint8", [1], 1]] * 2), b"a", b"b"],
     "unknown kind": [HEAD + b"explode", header()], "the worker's kind": [HEAD + b"worker_done", header({"job": "x", "serial": 1})],
     "no serial": [HEAD + b"hello", header({})], "job of a list": [HEAD + b"watch", header({"job": [1], "serial": 1})],
-    "job absent": [HEAD + b"cancel", header()], "chunk before the start": [HEAD + b"chunk", header({"job": "x", "start": -1, "serial": 1})],
+    "job absent": [HEAD + b"cancel", header()],
+    "chunk before the start": [HEAD + b"chunk", header({"job": "x", "start": -1, "serial": 1})],
     "settings of text": [HEAD + b"submit", header({"job": "x", "serial": 1, "settings": "x", "objects": []})],
     "objects of numbers": [HEAD + b"submit", header({"job": "x", "serial": 1, "settings": {"prompt": "x"}, "objects": [1]})],
 }
@@ -153,8 +140,6 @@ def test_a_server_of_another_version_is_named():
     thread = threading.Thread(target=answer_in_version_200)
     thread.start()
     mine = zmq.curve_keypair()
-    from track4d_protocol.keys import Connection
-
     with Client(Connection(f"tcp://127.0.0.1:{port}", public, *mine), timeout=20) as client:
         with pytest.raises(TransportError) as caught:
             client.hello()
