@@ -87,7 +87,7 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], seed
         raise TransportError("no_bpy", "Files are read and written by Blender's Python module, which is not installed here.",
                              "Run: pip install bpy (Python 3.11 for 4.2 to 5.0, Python 3.13 for 5.1 and later).")
     command = [sys.executable, "-m", "track4d_addon.headless", task, str(mesh), *what, "--seed", str(seed), "--frames", str(frames),
-               "--preset", preset, "--front", front]
+               "--preset", preset, f"--front={front}"]
     for path in out:
         command += ["--out", str(path)]
     for flag, value in (("--home", home), ("--preview", preview), ("--sheet", sheet), ("--report", report)):
