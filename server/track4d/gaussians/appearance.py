@@ -10,6 +10,8 @@ from track4d_protocol.space import BACKGROUND
 from .cloud import Cloud
 from .rasterise import rasterise
 
+Array = np.ndarray | Tensor
+
 COLOR_RATE, SCALE_RATE, OPACITY_RATE = 0.03, 0.01, 0.03
 COARSE_SHARE = 0.6  # of the steps run at half the resolution
 SQUARED_WEIGHT = 0.2  # squared next to absolute colour difference
@@ -17,9 +19,8 @@ KEEP_SCALES, KEEP_COLORS = 0.02, 0.05  # weights of staying with the start, wher
 COLOR_MARGIN = 0.01  # colours this far from 0 and 1, so that their logit is finite
 
 
-def refine_appearance(cloud: Cloud, faces: np.ndarray | Tensor, vertices: np.ndarray | Tensor, pictures: np.ndarray | Tensor,
-                      alphas: np.ndarray | Tensor, viewmats: np.ndarray | Tensor, Ks: np.ndarray | Tensor, steps: int = 80,
-                      background: float = BACKGROUND) -> Cloud:
+def refine_appearance(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, alphas: Array, viewmats: Array,
+                      Ks: Array, steps: int = 80, background: float = BACKGROUND) -> Cloud:
     """Fits colour, scale and opacity to the views of the still mesh by Adam; places stay as they are.
 
     Args:
@@ -51,16 +52,18 @@ def refine_appearance(cloud: Cloud, faces: np.ndarray | Tensor, vertices: np.nda
                                wanted.shape[1], background)  # [1, V, H, H, 3], [1, V, H, H]
         off = rgb[0] - wanted  # [V, H, H, 3]
         shown = off.abs().mean() + SQUARED_WEIGHT * off.square().mean() + (alpha[0] - wanted_alpha).abs().mean()
-        kept = KEEP_SCALES * (scales - first_scales).square().mean() + KEEP_COLORS * (colors - first_colors).square().mean()
+        bigger, recoloured = (scales - first_scales).square().mean(), (colors - first_colors).square().mean()
         optimiser.zero_grad()
-        (shown / object_share + kept).backward()
+        (shown / object_share + KEEP_SCALES * bigger + KEEP_COLORS * recoloured).backward()
         optimiser.step()
-    return Cloud(cloud.triangles, cloud.barycentric, scales.detach().exp(), opacities.detach().sigmoid(), colors.detach().sigmoid())
+    return Cloud(cloud.triangles, cloud.barycentric, scales.detach().exp(), opacities.detach().sigmoid(),
+                 colors.detach().sigmoid())
 
 
 def _halve(pictures: Tensor, alphas: Tensor, Ks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures, alphas and intrinsics at half the resolution; unchanged where the size is odd."""
     if pictures.shape[1] % 2:
         return pictures, alphas, Ks
-    stacked = torch.cat([pictures, alphas[..., None]], -1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))  # [V, H/2, H/2, 4]
-    return stacked[..., :3], stacked[..., 3], Ks * Ks.new_tensor([0.5, 0.5, 1])[:, None]
+    rgba = torch.cat([pictures, alphas[..., None]], -1)  # [V, H, H, 4]
+    small = rgba.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))  # [V, H/2, H/2, 4]
+    return small[..., :3], small[..., 3], Ks * Ks.new_tensor([0.5, 0.5, 1])[:, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..geometry.mesh import Mesh, weld
 
-RADIUS = 0.6  # standard deviation within the surface, in spacings: neighbouring discs overlap without blurring the texture
+RADIUS = 0.6  # standard deviation within the surface, in spacings: neighbours overlap without blurring the texture
 THICKNESS = 0.06  # standard deviation across the surface, in spacings
 OPACITY = 0.95
 
@@ -71,8 +71,8 @@ def triangle_quats(corners: Tensor) -> Tensor:
     x = torch.nn.functional.normalize(torch.where(flat, edge.new_tensor([1.0, 0, 0]), edge), dim=-1)
     z = torch.nn.functional.normalize(torch.where(flat, edge.new_tensor([0, 0, 1.0]), normal), dim=-1)
     y = torch.linalg.cross(z, x)
-    # The rotation matrix has the columns x, y, z. Each row below is the quaternion times one of its own entries (4 w q, 4 x q,
-    # ...); the one with the largest factor is far from 0 / 0.
+    # The rotation matrix has the columns x, y, z. Each row below is the quaternion times four of its own entries
+    # (4 w q, 4 x q, ...); the one with the largest factor is far from 0 / 0.
     (x0, x1, x2), (y0, y1, y2), (z0, z1, z2) = x.unbind(-1), y.unbind(-1), z.unbind(-1)
     rows = [1 + x0 + y1 + z2, y2 - z1, z0 - x2, x1 - y0,
             y2 - z1, 1 + x0 - y1 - z2, x1 + y0, z0 + x2,

@@ -13,12 +13,12 @@ from .numba_backend import rasterise_numba
 __all__ = ["rasterise"]
 
 
-def rasterise(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor, Ks: Tensor,
-              size: int, background: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
+def rasterise(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
+              Ks: Tensor, size: int, background: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
     """Draws moving Gaussians in all views (3D Gaussian splatting, Kerbl et al. 2023).
 
-    All tensors lie on one device, which chooses the backend; floating types other than float32 are converted. Gradients flow
-    to `means`, `quats`, `scales`, `opacities` and `colors`.
+    All tensors lie on one device, which chooses the backend; floating types other than float32 are converted.
+    Gradients flow to `means`, `quats`, `scales`, `opacities` and `colors`.
 
     Args:
         means: [F, N, 3] centres.
@@ -44,6 +44,6 @@ def rasterise(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, c
     scales, colors = (x if x.ndim == 3 else x[None] for x in (scales, colors))  # [F or 1, N, 3]
     assert scales.shape in {(1, gaussians, 3), (frames, gaussians, 3)}, scales.shape
     assert colors.shape in {(1, gaussians, 3), (frames, gaussians, 3)}, colors.shape
-    tensors = [x.to(torch.float32) for x in (means, quats, scales, opacities, colors, viewmats, Ks)]
-    backend = rasterise_gsplat if means.is_cuda else rasterise_numba
-    return backend(*tensors, size, background)
+    draw = rasterise_gsplat if means.is_cuda else rasterise_numba
+    return draw(means.float(), quats.float(), scales.float(), opacities.float(), colors.float(), viewmats.float(),
+                Ks.float(), size, background)

@@ -1,8 +1,8 @@
 """Screen ellipses to pictures on the CPU, forward and backward; one thread a picture.
 
-A picture is drawn in four steps: drop what can't be seen and sort the rest by depth; list, for each tile of 64 x 64 pixels, the
-splats that touch it, front to back; blend them. At a pixel at distance d from its centre, a splat with opacity o and conic
-[[a, b], [b, c]] has
+A picture is drawn in four steps: drop what can't be seen and sort the rest by depth; list, for each tile of 64 x 64
+pixels, the splats that touch it, front to back; blend them. At a pixel at distance d from its centre, a splat with
+opacity o and conic [[a, b], [b, c]] has
 
     alpha = min(o exp(-(a dx^2 + 2 b dx dy + c dy^2) / 2), ALPHA_MAX),   0 below ALPHA_CUT
     weight = alpha T,   then T <- T (1 - alpha)
@@ -10,15 +10,15 @@ splats that touch it, front to back; blend them. At a pixel at distance d from i
 with T the light that still gets through. The exponent is kept in powers of two, so that o is one more summand:
 alpha = 2^(log2 o - (a/2 dx^2 + b dx dy + c/2 dy^2) log2 e).
 
-Backward runs front to back as well. With q = colour . d_picture and R = the sum of weight q over what lies behind (including the
-background), d alpha = T q - R / (1 - alpha); R starts as picture . d_picture - T_end d_coverage and shrinks splat by splat.
-So nothing has to be stored per pixel and no T has to be divided back. The gradients of centre and conic are the six moments
-of h = alpha d_alpha over the pixels: 1, dx, dy, dx^2, dx dy, dy^2.
+Backward runs front to back as well. With q = colour . d_picture and R = the sum of weight q over what lies behind
+(including the background), d alpha = T q - R / (1 - alpha); R starts as picture . d_picture - T_end d_coverage and
+shrinks splat by splat. So nothing has to be stored per pixel and no T has to be divided back. The gradients of centre
+and conic are the six moments of h = alpha d_alpha over the pixels: 1, dx, dy, dx^2, dx dy, dy^2.
 
-Splats are visited splat by splat, not pixel by pixel, in strips of 16 pixels that start where the splat's box starts. Those
-strips (`blend_strip`, `blend_strip_backward`) are where the time goes. They are vector code as long as three things hold: the loop
-has exactly 16 turns; all planes of a tile lie in one 1-D buffer at constant unsigned offsets; and exp2 is arithmetic instead
-of a call. `tests/server/test_rasterise.py` looks at the machine code.
+Splats are visited splat by splat, not pixel by pixel, in strips of 16 pixels that start where the splat's box starts.
+Those strips (`blend_strip`, `blend_strip_backward`) are where the time goes. They are vector code as long as three
+things hold: the loop has exactly 16 turns; all planes of a tile lie in one 1-D buffer at constant unsigned offsets;
+and exp2 is arithmetic instead of a call. `tests/server/test_rasterise.py` looks at the machine code.
 """
 
 import math
@@ -38,14 +38,15 @@ PITCH = TILE + LANES  # a strip may run over the tile's edge
 CHECK_EVERY = 64  # splats between two looks at whether a tile is opaque
 
 SPLAT = np.dtype({  # one cache line
-    "names": ["x", "y", "a", "b", "c", "log_opacity", "red", "green", "blue", "opacity", "left", "right", "top", "bottom", "index"],
-    "formats": [np.float32] * 10 + [np.int32] * 5,
+    "names": ["x", "y", "a", "b", "c", "log_opacity", "red", "green", "blue",
+              "left", "right", "top", "bottom", "index"],
+    "formats": [np.float32] * 9 + [np.int32] * 5,
     "itemsize": 64,
 })
 
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _LOG2_E, _LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
-_CUT, _LOG2_CUT, _INVERSE_CUT = np.float32(ALPHA_CUT), np.float32(math.log2(ALPHA_CUT)), np.float32(1 / ALPHA_CUT)
+_LOG_CUT, _LOG2_CUT = np.float32(math.log(ALPHA_CUT)), np.float32(math.log2(ALPHA_CUT))
 _MAX, _STOP, _NEAR = np.float32(ALPHA_MAX), np.float32(TRANSMITTANCE_STOP), np.float32(NEAR)
 _LOWEST_EXPONENT = np.float32(-60)
 
@@ -54,8 +55,9 @@ _LOWEST_EXPONENT = np.float32(-60)
 PLANE_1, PLANE_2, PLANE_3, PLANE_4 = (np.uint64(PITCH * k) for k in range(1, 5))
 FORWARD_ROW, BACKWARD_ROW = 4 * PITCH, 5 * PITCH
 
-# Offsets in the sums over the rows of a strip: colour, and h, h dy, h dy^2 (the powers of dx are the same for all rows).
+# Offsets in the sums over the rows of a strip: colour, and h, h dy, h dy^2 (the powers of dx are the same in all rows).
 SUM_RED, SUM_GREEN, SUM_BLUE, SUM_H, SUM_HY, SUM_HYY = (np.uint64(LANES * k) for k in range(6))
+SUMS = 6 * LANES
 
 _helper = njit(fastmath=True, error_model="numpy", inline="always")
 _kernel = njit(fastmath=True, error_model="numpy", cache=True)
@@ -88,43 +90,42 @@ def _exp2(x):
     p = p * rest + np.float32(2.4022651e-1)
     p = p * rest + np.float32(6.9314718e-1)
     p = p * rest + _ONE
-    return _int_as_float(np.int32(_float_as_int(p) + np.int32(whole << np.int32(23))))
+    bits = _float_as_int(p) + np.int32(whole << np.int32(23))  # type: ignore[call-arg]
+    return _int_as_float(np.int32(bits))  # type: ignore[call-arg]
 
 
 @_kernel
-def _select(screen, conics, depths, opacities, colors, size, splats, keys):
+def _select(screen, conics, depths, log_opacities, colors, size, splats, keys):
     """Fills `splats` and their depth keys with what may touch the picture; returns how many.
 
     The box holds every pixel centre where alpha >= ALPHA_CUT. Bits of positive floats sort like the floats.
     """
-    count = 0
-    for n in range(opacities.shape[0]):
-        opacity, depth = opacities[n], depths[n]
-        if not opacity >= _CUT or not depth > _NEAR:
+    count, edge = 0, np.float32(size)
+    for n in range(log_opacities.shape[0]):
+        log_opacity, depth = log_opacities[n], depths[n, 0]
+        if log_opacity < _LOG_CUT or not depth > _NEAR:
             continue
         a, b, c = conics[n, 0], conics[n, 1], conics[n, 2]
         determinant = a * c - b * b
         if not determinant > _ZERO:
             continue
-        spread = np.float32(2) * np.float32(math.log(_INVERSE_CUT * opacity)) / determinant
+        spread = np.float32(2) * (log_opacity - _LOG_CUT) / determinant
         half_width, half_height = np.float32(math.sqrt(spread * c)), np.float32(math.sqrt(spread * a))
         x, y = screen[n, 0], screen[n, 1]
-        if not (x + half_width > _ZERO and y + half_height > _ZERO and x - half_width < size and y - half_height < size):
-            continue
-        left = max(0, np.int32(math.ceil(x - half_width - _HALF)))
-        right = min(size, np.int32(math.floor(x + half_width - _HALF)) + 1)
-        top = max(0, np.int32(math.ceil(y - half_height - _HALF)))
-        bottom = min(size, np.int32(math.floor(y + half_height - _HALF)) + 1)
+        left = np.int32(min(max(math.ceil(x - half_width - _HALF), _ZERO), edge))
+        right = np.int32(min(max(math.floor(x + half_width + _HALF), _ZERO), edge))
+        top = np.int32(min(max(math.ceil(y - half_height - _HALF), _ZERO), edge))
+        bottom = np.int32(min(max(math.floor(y + half_height + _HALF), _ZERO), edge))
         if left >= right or top >= bottom:
             continue
         splat = splats[count]
         splat.x, splat.y = x, y
         splat.a, splat.b, splat.c = _HALF * a * _LOG2_E, b * _LOG2_E, _HALF * c * _LOG2_E
-        splat.log_opacity, splat.opacity = np.float32(math.log2(opacity)), opacity
+        splat.log_opacity = log_opacity * _LOG2_E
         splat.red, splat.green, splat.blue = colors[n, 0], colors[n, 1], colors[n, 2]
         splat.left, splat.right, splat.top, splat.bottom = left, right, top, bottom
         splat.index = n
-        keys[count] = np.uint32(_float_as_int(depth))
+        keys[count] = np.uint32(_float_as_int(depth))  # type: ignore[call-arg]
         count += 1
     return count
 
@@ -158,52 +159,47 @@ def _order(keys, count):
     return order
 
 
-@_parallel_kernel
-def prepare(screen, conics, depths, opacities, colors, size, splats, counts, tile_starts):
-    """The first two steps: visible splats front to back, and how many of them each tile has.
-
-    Args:
-        screen: [B, N, 2]; conics: [B, N, 3]; depths: [B, N]; opacities: [N]; colors: [F or 1, N, 3], with B = F V.
-        size: of the picture, int32.
-        splats: [B, N] `SPLAT` out; counts: [B] int32 out, how many of them are set.
-        tile_starts: [B, tiles + 1] int32 out, where each tile's entries start in its picture's list.
-    """
-    pictures, gaussians = depths.shape
-    views = pictures // colors.shape[0]
-    tiles_across = (size + TILE - 1) >> TILE_SHIFT
-    for p in prange(pictures):
-        unsorted, keys = np.empty(gaussians, SPLAT), np.empty(gaussians, np.uint32)
-        count = _select(screen[p], conics[p], depths[p], opacities, colors[p // views], size, unsorted, keys)
-        order = _order(keys, count)
-        starts = tile_starts[p]
-        starts[:] = 0
-        for k in range(count):
-            splats[p, k] = unsorted[order[k]]
-            splat = splats[p, k]
-            for row in range(splat.top >> TILE_SHIFT, ((splat.bottom - 1) >> TILE_SHIFT) + 1):
-                for column in range(splat.left >> TILE_SHIFT, ((splat.right - 1) >> TILE_SHIFT) + 1):
-                    starts[row * tiles_across + column + 1] += 1
-        for tile in range(tiles_across * tiles_across):
-            starts[tile + 1] += starts[tile]
-        counts[p] = count
+@_kernel
+def _sorted_splats(screen, conics, depths, log_opacities, colors, size, splats):
+    """Fills the first rows of `splats` with what may touch the picture, front to back; returns how many."""
+    gaussians = log_opacities.shape[0]
+    unsorted, keys = np.empty(gaussians, SPLAT), np.empty(gaussians, np.uint32)
+    count = _select(screen, conics, depths, log_opacities, colors, size, unsorted, keys)
+    order = _order(keys, count)
+    for k in range(count):
+        splats[k] = unsorted[order[k]]
+    return count
 
 
 @_kernel
-def _list_tile_entries(splats, count, starts, tiles_across, entries):
-    """Fills `entries` with the indices of the splats of each tile, front to back."""
-    fill = starts.copy()
-    for k in range(count):
+def _tile_lists(splats, tiles_across):
+    """The splats of each tile, front to back.
+
+    Returns:
+        starts [tiles + 1] and entries [E] int32: tile t has the splats entries[starts[t]:starts[t + 1]].
+    """
+    starts = np.zeros(tiles_across * tiles_across + 1, np.int32)
+    for k in range(splats.shape[0]):
+        splat = splats[k]
+        for row in range(splat.top >> TILE_SHIFT, ((splat.bottom - 1) >> TILE_SHIFT) + 1):
+            for column in range(splat.left >> TILE_SHIFT, ((splat.right - 1) >> TILE_SHIFT) + 1):
+                starts[row * tiles_across + column + 1] += 1
+    for tile in range(tiles_across * tiles_across):
+        starts[tile + 1] += starts[tile]
+    entries, fill = np.empty(starts[-1], np.int32), starts.copy()
+    for k in range(splats.shape[0]):
         splat = splats[k]
         for row in range(splat.top >> TILE_SHIFT, ((splat.bottom - 1) >> TILE_SHIFT) + 1):
             for column in range(splat.left >> TILE_SHIFT, ((splat.right - 1) >> TILE_SHIFT) + 1):
                 tile = row * tiles_across + column
                 entries[fill[tile]] = k
                 fill[tile] += 1
+    return starts, entries
 
 
 @_kernel
 def blend_strip(tile, start, dx, dy, a, b, c, log_opacity, red, green, blue):
-    """Blends one splat into 16 pixels of one row; `dx` belongs to the first of them, `start` is where it lies in `tile`."""
+    """Blends one splat into 16 pixels of one row; `dx` belongs to the first, `start` is where that lies in `tile`."""
     slope = b * dy
     top = log_opacity - c * dy * dy
     start = np.uint64(start)
@@ -272,147 +268,182 @@ def _opaque(tile, height, width, row_length):
     return True
 
 
+@_kernel
+def _blend_tile(tile, tile_x, tile_y, width, height, splats, entries):
+    """Blends the splats `entries` into a tile, until it is opaque."""
+    for y in range(height):
+        row = y * FORWARD_ROW
+        for x in range(FORWARD_ROW):
+            tile[row + x] = _ONE if x < width else _ZERO
+    for e in range(entries.shape[0]):
+        splat = splats[entries[e]]
+        left, right = max(splat.left - tile_x, 0), min(splat.right - tile_x, width)
+        top, bottom = max(splat.top - tile_y, 0), min(splat.bottom - tile_y, height)
+        a, b, c, log_opacity = splat.a, splat.b, splat.c, splat.log_opacity
+        red, green, blue = splat.red, splat.green, splat.blue
+        first_dx, first_dy = np.float32(tile_x) + _HALF - splat.x, np.float32(tile_y) + _HALF - splat.y
+        for x in range(left, right, LANES):
+            dx = np.float32(x) + first_dx
+            for y in range(top, bottom):
+                blend_strip(tile, y * FORWARD_ROW + x, dx, np.float32(y) + first_dy, a, b, c, log_opacity,
+                            red, green, blue)
+        if e % CHECK_EVERY == CHECK_EVERY - 1 and _opaque(tile, height, width, FORWARD_ROW):
+            break
+
+
+@_kernel
+def _write_tile(tile, tile_x, tile_y, width, height, background, image, coverage):
+    for y in range(height):
+        for x in range(width):
+            i = y * FORWARD_ROW + x
+            light = abs(tile[i])
+            coverage[tile_y + y, tile_x + x] = _ONE - light
+            for k in range(3):
+                image[tile_y + y, tile_x + x, k] = tile[i + (k + 1) * PITCH] + light * background[k]
+
+
 @_parallel_kernel
-def blend(splats, counts, tile_starts, entry_starts, entries, background, size, image, coverage):
-    """The last two steps: each tile's list, and the picture.
+def draw(screen, conics, depths, log_opacities, colors, background, splats, counts, image, coverage):
+    """Pictures of projected Gaussians.
 
     Args:
-        splats, counts, tile_starts: from `prepare`.
-        entry_starts: [B + 1] int64, where each picture's part of `entries` starts; entries: [E] int32 out.
-        background: [3].
-        image: [B, size, size, 3] out; coverage: [B, size, size] out, 1 - T.
+        screen: [B, N, 2]; conics: [B, N, 3]; depths: [B, N, 1], from `projection.project`.
+        log_opacities: [N] natural logarithms; colors: [F or 1, N, 3] with B = F V; background: [3].
+        splats: [B, N] `SPLAT` out; counts: [B] int32 out, how many of them are set; both are for `draw_backward`.
+        image: [B, H, H, 3] out; coverage: [B, H, H] out, 1 - T.
     """
+    pictures, size = image.shape[0], np.int32(image.shape[1])
+    views = pictures // colors.shape[0]
     tiles_across = (size + TILE - 1) >> TILE_SHIFT
-    for p in prange(counts.shape[0]):
-        own_splats, starts, own_entries = splats[p], tile_starts[p], entries[entry_starts[p]:entry_starts[p + 1]]
-        _list_tile_entries(own_splats, counts[p], starts, tiles_across, own_entries)
+    for p in prange(pictures):
+        counts[p] = _sorted_splats(screen[p], conics[p], depths[p], log_opacities, colors[p // views], size, splats[p])
+        starts, entries = _tile_lists(splats[p, :counts[p]], tiles_across)
         tile = np.empty(TILE * FORWARD_ROW, np.float32)
         for t in range(tiles_across * tiles_across):
             tile_x, tile_y = (t % tiles_across) * TILE, (t // tiles_across) * TILE
             width, height = min(TILE, size - tile_x), min(TILE, size - tile_y)
-            for y in range(height):
-                row = y * FORWARD_ROW
-                for x in range(FORWARD_ROW):
-                    tile[row + x] = _ONE if x < width else _ZERO
-            for e in range(starts[t], starts[t + 1]):
-                splat = own_splats[own_entries[e]]
-                left, right = max(splat.left - tile_x, 0), min(splat.right - tile_x, width)
-                top, bottom = max(splat.top - tile_y, 0), min(splat.bottom - tile_y, height)
-                a, b, c, log_opacity = splat.a, splat.b, splat.c, splat.log_opacity
-                red, green, blue = splat.red, splat.green, splat.blue
-                first_dy = np.float32(tile_y) + _HALF - splat.y
-                for x in range(left, right, LANES):
-                    dx = np.float32(tile_x + x) + _HALF - splat.x
-                    for y in range(top, bottom):
-                        blend_strip(tile, y * FORWARD_ROW + x, dx, np.float32(y) + first_dy, a, b, c, log_opacity, red, green, blue)
-                if (e - starts[t]) % CHECK_EVERY == CHECK_EVERY - 1 and _opaque(tile, height, width, FORWARD_ROW):
-                    break
-            for y in range(height):
-                for x in range(width):
-                    i = y * FORWARD_ROW + x
-                    light = abs(tile[i])
-                    coverage[p, tile_y + y, tile_x + x] = _ONE - light
-                    for k in range(3):
-                        image[p, tile_y + y, tile_x + x, k] = tile[i + (k + 1) * PITCH] + light * background[k]
+            _blend_tile(tile, tile_x, tile_y, width, height, splats[p], entries[starts[t]:starts[t + 1]])
+            _write_tile(tile, tile_x, tile_y, width, height, background, image[p], coverage[p])
+
+
+@_kernel
+def _read_gradient_tile(tile, tile_x, tile_y, width, height, image, coverage, d_image, d_coverage):
+    """Sets T = 1, R and the picture's gradient; zeros beside the picture."""
+    for y in range(height):
+        row = y * BACKWARD_ROW
+        for x in range(width):
+            py, px = tile_y + y, tile_x + x
+            d_red, d_green, d_blue = d_image[py, px, 0], d_image[py, px, 1], d_image[py, px, 2]
+            shown = image[py, px, 0] * d_red + image[py, px, 1] * d_green + image[py, px, 2] * d_blue
+            tile[row + x] = _ONE
+            tile[row + PITCH + x] = shown - (_ONE - coverage[py, px]) * d_coverage[py, px]
+            tile[row + 2 * PITCH + x] = d_red
+            tile[row + 3 * PITCH + x] = d_green
+            tile[row + 4 * PITCH + x] = d_blue
+        for x in range(width, PITCH):
+            for k in range(5):
+                tile[row + k * PITCH + x] = _ZERO
+
+
+@_kernel
+def _blend_tile_backward(tile, sums, tile_x, tile_y, width, height, splats, entries, moments):
+    """Adds what a tile's pixels say about the splats `entries` to `moments`; order and end are `_blend_tile`'s."""
+    for e in range(entries.shape[0]):
+        k = entries[e]
+        splat = splats[k]
+        left, right = max(splat.left - tile_x, 0), min(splat.right - tile_x, width)
+        top, bottom = max(splat.top - tile_y, 0), min(splat.bottom - tile_y, height)
+        a, b, c, log_opacity = splat.a, splat.b, splat.c, splat.log_opacity
+        red, green, blue = splat.red, splat.green, splat.blue
+        first_dx, first_dy = np.float32(tile_x) + _HALF - splat.x, np.float32(tile_y) + _HALF - splat.y
+        for x in range(left, right, LANES):
+            dx = np.float32(x) + first_dx
+            for j in range(SUMS):
+                sums[j] = _ZERO
+            for y in range(top, bottom):
+                blend_strip_backward(tile, y * BACKWARD_ROW + x, sums, dx, np.float32(y) + first_dy,
+                                     a, b, c, log_opacity, red, green, blue)
+            _add_moments(moments[k], sums, dx)
+        if e % CHECK_EVERY == CHECK_EVERY - 1 and _opaque(tile, height, width, BACKWARD_ROW):
+            break
+
+
+@_kernel
+def _add_moments(moments, sums, first_dx):
+    """Sums of one strip's 16 columns to a splat's moments: of colour, and h times 1, dx, dy, dx^2, dx dy, dy^2."""
+    red, green, blue = _ZERO, _ZERO, _ZERO
+    h, hx, hy, hxx, hxy, hyy = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
+    for lane in range(LANES):
+        j = np.uint64(lane)
+        dx = first_dx + np.float32(lane)
+        h_here, hy_here = sums[SUM_H + j], sums[SUM_HY + j]
+        hx_here = h_here * dx
+        red += sums[SUM_RED + j]
+        green += sums[SUM_GREEN + j]
+        blue += sums[SUM_BLUE + j]
+        h += h_here
+        hx += hx_here
+        hy += hy_here
+        hxx += hx_here * dx
+        hxy += hy_here * dx
+        hyy += sums[SUM_HYY + j]
+    moments[0] += red
+    moments[1] += green
+    moments[2] += blue
+    moments[3] += h
+    moments[4] += hx
+    moments[5] += hy
+    moments[6] += hxx
+    moments[7] += hxy
+    moments[8] += hyy
+
+
+@_kernel
+def _moments_to_gradients(splats, moments, d_screen):
+    """Gradients of centre, conic, colour and opacity from the moments; zeros for Gaussians that weren't drawn.
+
+    ln alpha = ln o - (a dx^2 + 2 b dx dy + c dy^2) / 2, and h = alpha d_alpha is the gradient of ln alpha.
+    """
+    d_screen[:] = _ZERO
+    two_ln_2 = np.float32(2) * _LN_2
+    for k in range(moments.shape[0]):
+        splat, moment = splats[k], moments[k]
+        gradient = d_screen[splat.index]
+        a, b, c = splat.a * two_ln_2, splat.b * _LN_2, splat.c * two_ln_2
+        hx, hy = moment[4], moment[5]
+        gradient[0] = a * hx + b * hy
+        gradient[1] = b * hx + c * hy
+        gradient[2] = -_HALF * moment[6]
+        gradient[3] = -moment[7]
+        gradient[4] = -_HALF * moment[8]
+        gradient[5] = moment[0]
+        gradient[6] = moment[1]
+        gradient[7] = moment[2]
+        gradient[8] = moment[3]
 
 
 @_parallel_kernel
-def blend_backward(splats, counts, tile_starts, entry_starts, entries, size, image, coverage, d_image, d_coverage, d_screen):
-    """Gradients of the splats.
+def draw_backward(splats, counts, image, coverage, d_image, d_coverage, d_screen):
+    """Gradients of the splats on the screen.
 
     Args:
-        splats, counts, tile_starts, entry_starts, entries: from `prepare` and `blend`.
-        image: [B, size, size, 3]; coverage: [B, size, size]; and their gradients d_image, d_coverage.
-        d_screen: [B, N, 9] out: pixel x, y; conic a, b, c; red, green, blue; opacity.
+        splats, counts, image, coverage: from `draw`.
+        d_image: [B, H, H, 3]; d_coverage: [B, H, H].
+        d_screen: [B, N, 9] out: pixel x, y; conic a, b, c; red, green, blue; logarithm of the opacity.
     """
+    size = np.int32(image.shape[1])
     tiles_across = (size + TILE - 1) >> TILE_SHIFT
     for p in prange(counts.shape[0]):
-        own_splats, starts, own_entries = splats[p], tile_starts[p], entries[entry_starts[p]:entry_starts[p + 1]]
-        tile, sums = np.empty(TILE * BACKWARD_ROW, np.float32), np.empty(6 * LANES, np.float32)
-        # per splat: red, green, blue, h, h dx, h dy, h dx^2, h dx dy, h dy^2
+        drawn = splats[p, :counts[p]]
+        starts, entries = _tile_lists(drawn, tiles_across)
+        tile, sums = np.empty(TILE * BACKWARD_ROW, np.float32), np.empty(SUMS, np.float32)
         moments = np.zeros((counts[p], SCREEN_GRADIENTS), np.float32)
         for t in range(tiles_across * tiles_across):
             if starts[t] == starts[t + 1]:
                 continue
             tile_x, tile_y = (t % tiles_across) * TILE, (t // tiles_across) * TILE
             width, height = min(TILE, size - tile_x), min(TILE, size - tile_y)
-            for y in range(height):
-                row = y * BACKWARD_ROW
-                for x in range(width):
-                    py, px = tile_y + y, tile_x + x
-                    d_red, d_green, d_blue = d_image[p, py, px, 0], d_image[p, py, px, 1], d_image[p, py, px, 2]
-                    tile[row + x] = _ONE
-                    tile[row + PITCH + x] = (image[p, py, px, 0] * d_red + image[p, py, px, 1] * d_green
-                                             + image[p, py, px, 2] * d_blue - (_ONE - coverage[p, py, px]) * d_coverage[p, py, px])
-                    tile[row + 2 * PITCH + x], tile[row + 3 * PITCH + x], tile[row + 4 * PITCH + x] = d_red, d_green, d_blue
-                for x in range(width, PITCH):
-                    for k in range(5):
-                        tile[row + k * PITCH + x] = _ZERO
-            for e in range(starts[t], starts[t + 1]):
-                k = own_entries[e]
-                splat = own_splats[k]
-                left, right = max(splat.left - tile_x, 0), min(splat.right - tile_x, width)
-                top, bottom = max(splat.top - tile_y, 0), min(splat.bottom - tile_y, height)
-                a, b, c, log_opacity = splat.a, splat.b, splat.c, splat.log_opacity
-                red, green, blue = splat.red, splat.green, splat.blue
-                first_dy = np.float32(tile_y) + _HALF - splat.y
-                for x in range(left, right, LANES):
-                    dx = np.float32(tile_x + x) + _HALF - splat.x
-                    sums[:] = _ZERO
-                    for y in range(top, bottom):
-                        blend_strip_backward(tile, y * BACKWARD_ROW + x, sums, dx, np.float32(y) + first_dy,
-                                             a, b, c, log_opacity, red, green, blue)
-                    _add_moments(moments, k, sums, dx)
-                if (e - starts[t]) % CHECK_EVERY == CHECK_EVERY - 1 and _opaque(tile, height, width, BACKWARD_ROW):
-                    break
-        _moments_to_gradients(own_splats, moments, d_screen[p])
-
-
-@_kernel
-def _add_moments(moments, k, sums, first_dx):
-    """Sums of one strip's 16 columns to the nine moments of splat k."""
-    red, green, blue, h, hx, hy, hxx, hxy, hyy = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
-    for lane in range(LANES):
-        j = np.uint64(lane)
-        dx = first_dx + np.float32(lane)
-        h_here, hy_here = sums[SUM_H + j], sums[SUM_HY + j]
-        red += sums[SUM_RED + j]
-        green += sums[SUM_GREEN + j]
-        blue += sums[SUM_BLUE + j]
-        h += h_here
-        hx += h_here * dx
-        hxx += h_here * dx * dx
-        hy += hy_here
-        hxy += hy_here * dx
-        hyy += sums[SUM_HYY + j]
-    moments[k, 0] += red
-    moments[k, 1] += green
-    moments[k, 2] += blue
-    moments[k, 3] += h
-    moments[k, 4] += hx
-    moments[k, 5] += hy
-    moments[k, 6] += hxx
-    moments[k, 7] += hxy
-    moments[k, 8] += hyy
-
-
-@_kernel
-def _moments_to_gradients(splats, moments, d_screen):
-    """What the moments say about centre, conic, colour and opacity of each Gaussian; zeros for those not drawn.
-
-    ln alpha = ln o - (a dx^2 + 2 b dx dy + c dy^2) / 2, so h = alpha d_alpha = d(ln alpha) is all that is needed.
-    """
-    d_screen[:] = _ZERO
-    for k in range(moments.shape[0]):
-        splat = splats[k]
-        two_ln_2 = np.float32(2) * _LN_2
-        a, b, c = splat.a * two_ln_2, splat.b * _LN_2, splat.c * two_ln_2
-        hx, hy = moments[k, 4], moments[k, 5]
-        gradient = d_screen[splat.index]
-        gradient[0] = a * hx + b * hy
-        gradient[1] = b * hx + c * hy
-        gradient[2] = -_HALF * moments[k, 6]
-        gradient[3] = -moments[k, 7]
-        gradient[4] = -_HALF * moments[k, 8]
-        gradient[5], gradient[6], gradient[7] = moments[k, 0], moments[k, 1], moments[k, 2]
-        gradient[8] = moments[k, 3] / splat.opacity
+            _read_gradient_tile(tile, tile_x, tile_y, width, height, image[p], coverage[p], d_image[p], d_coverage[p])
+            _blend_tile_backward(tile, sums, tile_x, tile_y, width, height, drawn, entries[starts[t]:starts[t + 1]],
+                                 moments)
+        _moments_to_gradients(drawn, moments, d_screen[p])

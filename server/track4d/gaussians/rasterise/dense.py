@@ -11,8 +11,8 @@ from torch import Tensor
 from .constants import ALPHA_CUT, ALPHA_MAX, CLAMP_MARGIN, EPS2D, NEAR, TRANSMITTANCE_STOP
 
 
-def rasterise_dense(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor, Ks: Tensor,
-                    size: int, background: Tensor) -> tuple[Tensor, Tensor]:
+def rasterise_dense(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
+                    Ks: Tensor, size: int, background: Tensor) -> tuple[Tensor, Tensor]:
     """`rasterise` in the dtype of `means`, for tests."""
     frames, gaussians = means.shape[:2]
     scales = scales.expand(frames, gaussians, 3)  # [F, N, 3]

@@ -9,29 +9,32 @@ from track4d_protocol.errors import ServerError
 from .constants import EPS2D, NEAR
 
 
-def rasterise_gsplat(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor, Ks: Tensor,
-                     size: int, background: Tensor) -> tuple[Tensor, Tensor]:
+def rasterise_gsplat(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
+                     Ks: Tensor, size: int, background: Tensor) -> tuple[Tensor, Tensor]:
     """`rasterise` for CUDA tensors, all frames and views in one call; gsplat is imported here and nowhere else.
 
-    gsplat 1.5.3 clamps alpha at 0.999 where `constants.ALPHA_MAX` is 0.99: the middle of a fully opaque Gaussian differs by
-    up to 0.009 times its colour's distance from what lies behind.
+    gsplat 1.5.3 clamps alpha at 0.999 where `constants.ALPHA_MAX` is 0.99: the middle of a fully opaque Gaussian
+    differs by up to 0.009 times its colour's distance from what lies behind.
 
     Raises:
         ServerError: gsplat isn't installed, or it has no compiled kernels for this machine.
     """
     if not torch.cuda.is_available():
-        raise ServerError("no_cuda", "The tensors ask for CUDA, but torch finds no GPU.", "Use CPU tensors, or install a torch with CUDA.")
+        raise ServerError("no_cuda", "The tensors ask for CUDA, but torch finds no GPU.",
+                          "Use CPU tensors, or install a torch with CUDA.")
     try:
         from gsplat import rasterization
     except ImportError as error:
         raise ServerError("gsplat_missing", f"The GPU rasteriser gsplat can't be imported ({error}).",
-                          "Run `pip install track4d[cuda]`; it compiles on first use and needs nvcc and a C++ compiler.") from error
+                          "Run `pip install track4d[cuda]`; it compiles on first use and needs nvcc and a C++ compiler."
+                          ) from error
 
     frames, gaussians = means.shape[:2]
     views = len(viewmats)
     rgb, alpha, _ = rasterization(
         means, quats, scales.expand(frames, gaussians, 3), opacities.expand(frames, gaussians),
-        colors.expand(frames, gaussians, 3), viewmats.expand(frames, views, 4, 4), Ks.expand(frames, views, 3, 3), size, size,
-        near_plane=NEAR, eps2d=EPS2D, packed=False, backgrounds=background.expand(frames, views, 3), rasterize_mode="classic",
+        colors.expand(frames, gaussians, 3), viewmats.expand(frames, views, 4, 4), Ks.expand(frames, views, 3, 3),
+        size, size, near_plane=NEAR, eps2d=EPS2D, packed=False, backgrounds=background.expand(frames, views, 3),
+        rasterize_mode="classic",
     )  # [F, V, H, W, 3], [F, V, H, W, 1]
     return rgb, alpha[..., 0]

@@ -9,72 +9,74 @@ from torch.autograd.function import once_differentiable
 
 from ...parallel import KERNEL_LOCK
 from . import blending, projection
+from .constants import ALPHA_CUT
 
 
-def rasterise_numba(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor, Ks: Tensor,
-                    size: int, background: Tensor) -> tuple[Tensor, Tensor]:
+def rasterise_numba(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
+                    Ks: Tensor, size: int, background: Tensor) -> tuple[Tensor, Tensor]:
     """`rasterise` for float32 CPU tensors; scales and colors are [F or 1, N, 3] here."""
     return _Rasterise.apply(means, quats, scales, opacities, colors, viewmats, Ks, size, background)
 
 
 class _Rasterise(torch.autograd.Function):
-    """Everything that backward needs goes through `save_for_backward`, also what isn't a tensor by nature: it is then freed with the
-    graph, and an output kept as an attribute of ctx would be a reference cycle that Python never frees. No state outlives a call."""
+    """No state outlives a call, and everything that backward needs goes through `save_for_backward`, also what isn't a
+    tensor by nature: so it is freed with the graph. An output kept as an attribute of ctx would be a reference cycle
+    that is never freed.
+    """
 
     @staticmethod
     def forward(ctx, means, quats, scales, opacities, colors, viewmats, Ks, size, background):
         frames, gaussians = means.shape[:2]
         views = len(viewmats)
         pictures = frames * views
-        arrays = [_array(tensor) for tensor in (means, quats, scales, opacities, colors, viewmats, Ks, background)]
-        means_, quats_, scales_, opacities_, colors_, viewmats_, Ks_, background_ = arrays
-
+        log_opacities = opacities.clamp(min=1e-6).log()  # [N], finite
         screen = np.empty((pictures, gaussians, 2), np.float32)
         conics = np.empty((pictures, gaussians, 3), np.float32)
-        depths = np.empty((pictures, gaussians), np.float32)
+        depths = np.empty((pictures, gaussians, 1), np.float32)
         splats = np.empty((pictures, gaussians), blending.SPLAT)
         counts = np.empty(pictures, np.int32)
-        tiles = (-(-size // blending.TILE)) ** 2
-        tile_starts = np.empty((pictures, tiles + 1), np.int32)
         image = torch.empty((frames, views, size, size, 3))  # [F, V, H, W, 3]
         coverage = torch.empty((frames, views, size, size))  # [F, V, H, W]
         with KERNEL_LOCK:
-            projection.project(means_, quats_, scales_, viewmats_, Ks_, np.float32(size), screen, conics, depths)
-            blending.prepare(screen, conics, depths, opacities_, colors_, np.int32(size), splats, counts, tile_starts)
-            entry_starts = np.concatenate([[0], np.cumsum(tile_starts[:, -1], dtype=np.int64)])  # [B + 1]
-            entries = np.empty(entry_starts[-1], np.int32)
-            blending.blend(splats, counts, tile_starts, entry_starts, entries, background_, np.int32(size),
-                           image.numpy().reshape(pictures, size, size, 3), coverage.numpy().reshape(pictures, size, size))
-        lists = (splats.view(np.float32), counts, tile_starts, entry_starts, entries)
-        ctx.save_for_backward(means, quats, scales, viewmats, Ks, image, coverage, *map(torch.from_numpy, lists))
+            projection.project(_array(means), _array(quats), _array(scales), _array(viewmats), _array(Ks),
+                               np.float32(size), screen, conics, depths)
+            blending.draw(screen, conics, depths, _array(log_opacities), _array(colors), _array(background),
+                          splats, counts, _pictures(image), _pictures(coverage))
+        ctx.save_for_backward(means, quats, scales, opacities, viewmats, Ks, image, coverage,
+                              torch.from_numpy(splats.view(np.float32)), torch.from_numpy(counts))
         ctx.shared_colors = len(colors) == 1
         return image, coverage
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_image, d_coverage):
-        means, quats, scales, viewmats, Ks, image, coverage, splats, *lists = map(_array, ctx.saved_tensors)
-        frames, views, size = image.shape[:3]
-        pictures, gaussians = frames * views, means.shape[1]
-        flat = (pictures, size, size)
+        means, quats, scales, opacities, viewmats, Ks, image, coverage, splats, counts = ctx.saved_tensors
+        frames, gaussians = means.shape[:2]
+        pictures, size = len(counts), image.shape[2]
         d_screen = np.empty((pictures, gaussians, projection.SCREEN_GRADIENTS), np.float32)
-        d_means = torch.empty((frames, gaussians, 3))  # [F, N, 3]
+        d_means, d_scales, d_colors = (torch.empty((frames, gaussians, 3)) for _ in range(3))  # [F, N, 3]
         d_quats = torch.empty((frames, gaussians, 4))  # [F, N, 4]
-        d_scales, d_colors = torch.empty_like(d_means), torch.empty_like(d_means)  # [F, N, 3]
-        d_opacities = torch.empty((frames, gaussians, 1))  # [F, N, 1]
+        d_log_opacities = torch.empty((frames, gaussians, 1))  # [F, N, 1]
         with KERNEL_LOCK:
-            blending.blend_backward(splats.view(blending.SPLAT), *lists, np.int32(size), image.reshape(*flat, 3),
-                                    coverage.reshape(flat), _array(d_image).reshape(*flat, 3), _array(d_coverage).reshape(flat),
-                                    d_screen)
-            projection.project_backward(means, quats, scales, viewmats, Ks, np.float32(size), d_screen, d_means.numpy(),
-                                        d_quats.numpy(), d_scales.numpy(), d_colors.numpy(), d_opacities.numpy())
+            blending.draw_backward(_array(splats).view(blending.SPLAT), _array(counts), _pictures(image),
+                                   _pictures(coverage), _pictures(d_image), _pictures(d_coverage), d_screen)
+            projection.project_backward(_array(means), _array(quats), _array(scales), _array(viewmats), _array(Ks),
+                                        np.float32(size), d_screen, _array(d_means), _array(d_quats), _array(d_scales),
+                                        _array(d_colors), _array(d_log_opacities))
         if len(scales) == 1:
             d_scales = d_scales.sum(0, keepdim=True)  # [1, N, 3]
         if ctx.shared_colors:
             d_colors = d_colors.sum(0, keepdim=True)  # [1, N, 3]
-        return d_means, d_quats, d_scales, d_opacities.sum(0)[:, 0], d_colors, None, None, None, None
+        # no opacity below ALPHA_CUT is drawn, so the clamp only keeps 0 / 0 away
+        d_opacities = d_log_opacities.sum(0)[:, 0] / opacities.clamp(min=ALPHA_CUT)  # [N]
+        return d_means, d_quats, d_scales, d_opacities, d_colors, None, None, None, None
 
 
 def _array(tensor: Tensor) -> np.ndarray:
     """The contiguous float32 array behind a CPU tensor; shares memory where the tensor already is one."""
     return np.ascontiguousarray(tensor.detach().numpy())
+
+
+def _pictures(tensor: Tensor) -> np.ndarray:
+    """The array behind [F, V, H, W, ...] as [B, H, W, ...]."""
+    return _array(tensor.flatten(0, 1))

@@ -1,16 +1,16 @@
 """Gaussians to screen ellipses, and the way back for gradients (EWA splatting, Zwicker et al. 2001).
 
-A Gaussian with mean m, rotation R(q) and scales s has the covariance S = M M^T with M = R(q) diag(s). A camera x = W m + t with
-focal lengths f sees it, to first order, as the 2D Gaussian with covariance
+A Gaussian with mean m, rotation R(q) and scales s has the covariance S = M M^T with M = R(q) diag(s). A camera x = W
+m + t with focal lengths f sees it, to first order, as the 2D Gaussian with covariance
 
     C = T S T^T + EPS2D I,   T = J W,   T_0 = f_x / z (W_0 - u W_2),   T_1 = f_y / z (W_1 - v W_2)
 
-where W_k are rows of W and (u, v) = (x / z, y / z) clamped to a slightly widened picture, so that Gaussians beside the camera
-don't blow up. The blend needs the conic C^-1 = [[a, b], [b, c]], the centre in pixels and the depth z.
+where W_k are rows of W and (u, v) = (x / z, y / z) clamped to a slightly widened picture, so that Gaussians beside
+the camera don't blow up. The blend needs the conic C^-1 = [[a, b], [b, c]], the centre in pixels and the depth z.
 
-The kernels work on blocks of 16 Gaussians held as columns in one 1-D buffer (`block[FIELD + lane]`). Offsets are compile-time
-constants and unsigned, and the inner loop has exactly 16 turns: that is the shape which LLVM turns into vector code without alias
-checks or wrap-around of negative indices.
+The kernels work on blocks of 16 Gaussians held as columns in one 1-D buffer (`block[FIELD + lane]`). Offsets are
+compile-time constants and unsigned, and the inner loop has exactly 16 turns: that is the shape which LLVM turns into
+vector code without alias checks or wrap-around of negative indices.
 """
 
 import math
@@ -47,8 +47,7 @@ D_QUAT_W, D_QUAT_X, D_QUAT_Y, D_QUAT_Z = _fields(38, 4)
 BLOCK_SIZE = 42 * LANES
 SUMS_START, SUMS_STOP = int(D_COV_XX), int(D_SCALE_X)  # the gradients that add up over the views
 
-# The columns of the screen gradients that the blend hands back, [B, N, 9].
-SCREEN_GRADIENTS = 9  # screen x, y; conic a, b, c; red, green, blue; opacity
+SCREEN_GRADIENTS = 9  # columns that the blend hands back: screen x, y; conic a, b, c; red, green, blue; opacity
 
 _helper = njit(fastmath=True, error_model="numpy", inline="always")
 _kernel = njit(fastmath=True, error_model="numpy", cache=True)
@@ -157,8 +156,8 @@ def project_block(block, viewmat, K, size):
 def project_block_backward(block, viewmat, K, size):
     """Adds one view's share to D_MEAN and D_COV, from the gradients held in SCREEN and CONIC.
 
-    With G the gradient of the conic as a symmetric matrix (the one of b halved), that of C is P = -C^-1 G C^-1, that of S is
-    T^T P T, and that of T is 2 P T S. T depends on the mean through 1 / z and through the clamped u, v (where not clamped).
+    With G the gradient of the conic as a symmetric matrix (the one of b halved), that of C is P = -C^-1 G C^-1, that of
+    S is T^T P T, and that of T is 2 P T S. T depends on the mean through 1 / z and, where not clamped, through u, v.
     """
     (w00, w01, w02, w10, w11, w12, w20, w21, w22, tx, ty, tz, fx, fy, cx, cy,
      left, right, top, bottom) = _load_camera(viewmat, K, size)
@@ -238,29 +237,40 @@ def covariances_backward(block):
         block[D_QUAT_Z + i] = (d_z - along * z) * inverse
 
 
-@_kernel
-def _load(block, field, values, first, count, column, columns, padding):
-    """Rows first..first+count of `values` [N, C], some columns of them, into fields from `field` on."""
-    for k in range(columns):
-        start = int(field) + k * LANES
-        for lane in range(LANES):
-            block[start + lane] = values[first + lane, column + k] if lane < count else padding
+@_helper
+def _load(block, field, values, first, column, columns):
+    """16 rows of `values` [N, C] from `first` on into fields from `field` on; past the end the last row is repeated."""
+    last = np.uint64(values.shape[0] - 1)
+    for lane in range(LANES):
+        row = min(np.uint64(first) + np.uint64(lane), last)
+        for k in range(columns):
+            block[field + np.uint64(LANES * k + lane)] = values[row, np.uint64(column + k)]
+
+
+@_helper
+def _add(block, field, values, first, column, columns):
+    """Like `_load`, but adds."""
+    last = np.uint64(values.shape[0] - 1)
+    for lane in range(LANES):
+        row = min(np.uint64(first) + np.uint64(lane), last)
+        for k in range(columns):
+            block[field + np.uint64(LANES * k + lane)] += values[row, np.uint64(column + k)]
+
+
+@_helper
+def _store(block, field, values, first, count, columns):
+    """The first `count` lanes of fields from `field` on into rows of `values` [N, C]."""
+    for lane in range(count):
+        row = np.uint64(first + lane)
+        for k in range(columns):
+            values[row, np.uint64(k)] = block[field + np.uint64(LANES * k + lane)]
 
 
 @_kernel
-def _store(block, field, values, first, count):
-    """The inverse of `_load`, all columns of `values`."""
-    for k in range(values.shape[1]):
-        start = int(field) + k * LANES
-        for lane in range(count):
-            values[first + lane, k] = block[start + lane]
-
-
-@_kernel
-def _load_gaussians(block, means, quats, scales, first, count):
-    _load(block, MEAN_X, means, first, count, 0, 3, _ZERO)
-    _load(block, QUAT_W, quats, first, count, 0, 4, _ONE)
-    _load(block, SCALE_X, scales, first, count, 0, 3, _ONE)
+def _load_gaussians(block, means, quats, scales, first):
+    _load(block, MEAN_X, means, first, 0, 3)
+    _load(block, QUAT_W, quats, first, 0, 4)
+    _load(block, SCALE_X, scales, first, 0, 3)
 
 
 @_parallel_kernel
@@ -270,7 +280,7 @@ def project(means, quats, scales, viewmats, Ks, size, screen, conics, depths):
     Args:
         means: [F, N, 3]; quats: [F, N, 4]; scales: [F or 1, N, 3].
         viewmats: [V, 4, 4]; Ks: [V, 3, 3]; size: float32, in pixels.
-        screen: [F * V, N, 2] out, pixels; conics: [F * V, N, 3] out; depths: [F * V, N] out.
+        screen: [F * V, N, 2] out, pixels; conics: [F * V, N, 3] out; depths: [F * V, N, 1] out.
     """
     frames, gaussians, _ = means.shape
     views = viewmats.shape[0]
@@ -284,24 +294,25 @@ def project(means, quats, scales, viewmats, Ks, size, screen, conics, depths):
         for k in range(first_block, min(blocks, first_block + BLOCKS_PER_TASK)):
             first = k * LANES
             count = min(LANES, gaussians - first)
-            _load_gaussians(block, means[f], quats[f], frame_scales, first, count)
+            _load_gaussians(block, means[f], quats[f], frame_scales, first)
             covariances(block)
             for v in range(views):
                 project_block(block, viewmats[v], Ks[v], size)
                 b = f * views + v
-                _store(block, SCREEN_X, screen[b], first, count)
-                _store(block, CONIC_A, conics[b], first, count)
-                for lane in range(count):
-                    depths[b, first + lane] = block[int(DEPTH) + lane]
+                _store(block, SCREEN_X, screen[b], first, count, 2)
+                _store(block, CONIC_A, conics[b], first, count, 3)
+                _store(block, DEPTH, depths[b], first, count, 1)
 
 
 @_parallel_kernel
-def project_backward(means, quats, scales, viewmats, Ks, size, d_screen, d_means, d_quats, d_scales, d_colors, d_opacities):
+def project_backward(means, quats, scales, viewmats, Ks, size, d_screen, d_means, d_quats, d_scales, d_colors,
+                     d_opacities):
     """Gradients per frame from those on the screen; the views are summed here.
 
     Args:
         d_screen: [F * V, N, 9], see `SCREEN_GRADIENTS`.
-        d_means: [F, N, 3] out; d_quats: [F, N, 4] out; d_scales: [F, N, 3] out; d_colors: [F, N, 3] out; d_opacities: [F, N, 1] out.
+        d_means, d_scales, d_colors: [F, N, 3] out; d_quats: [F, N, 4] out; d_opacities: [F, N, 1] out, of what the
+            last column of `d_screen` is the gradient of.
     """
     frames, gaussians, _ = means.shape
     views = viewmats.shape[0]
@@ -315,21 +326,18 @@ def project_backward(means, quats, scales, viewmats, Ks, size, d_screen, d_means
         for k in range(first_block, min(blocks, first_block + BLOCKS_PER_TASK)):
             first = k * LANES
             count = min(LANES, gaussians - first)
-            _load_gaussians(block, means[f], quats[f], frame_scales, first, count)
+            _load_gaussians(block, means[f], quats[f], frame_scales, first)
             covariances(block)
             for j in range(SUMS_START, SUMS_STOP):
                 block[j] = _ZERO
             for v in range(views):
                 gradients = d_screen[f * views + v]
-                _load(block, SCREEN_X, gradients, first, count, 0, 5, _ZERO)
+                _load(block, SCREEN_X, gradients, first, 0, 5)
                 project_block_backward(block, viewmats[v], Ks[v], size)
-                for column in range(4):
-                    start = int(D_COLOR_R) + column * LANES
-                    for lane in range(count):
-                        block[start + lane] += gradients[first + lane, 5 + column]
+                _add(block, D_COLOR_R, gradients, first, 5, 4)
             covariances_backward(block)
-            _store(block, D_MEAN_X, d_means[f], first, count)
-            _store(block, D_QUAT_W, d_quats[f], first, count)
-            _store(block, D_SCALE_X, d_scales[f], first, count)
-            _store(block, D_COLOR_R, d_colors[f], first, count)
-            _store(block, D_OPACITY, d_opacities[f], first, count)
+            _store(block, D_MEAN_X, d_means[f], first, count, 3)
+            _store(block, D_QUAT_W, d_quats[f], first, count, 4)
+            _store(block, D_SCALE_X, d_scales[f], first, count, 3)
+            _store(block, D_COLOR_R, d_colors[f], first, count, 3)
+            _store(block, D_OPACITY, d_opacities[f], first, count, 1)
