@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from pathlib import Path
 
 import zmq
 import zmq.utils.z85
-from track4d_protocol.errors import InputError
+from track4d_protocol.errors import InputError, ServerError
 from track4d_protocol.keys import Connection, read_connection, write_connection, write_secret
 
 LOCAL_CLIENT = "local"  # the client of this machine, whose keys are in the connection file
@@ -98,11 +99,13 @@ class Gatekeeper:
 
 
 def private_folder(path: Path) -> None:
-    """Makes a folder that only its owner can enter.
+    """Makes a folder that only its owner can enter; one that is there keeps its permissions.
 
     Raises:
+        ServerError: `home_not_private`: everybody on this machine could put keys into it.
         OSError: it can't be made.
     """
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if os.name == "posix":
-        path.chmod(0o700)
+    if os.name == "posix" and path.stat().st_mode & stat.S_IWOTH:
+        raise ServerError("home_not_private", f"Everybody on this machine can write to '{path}'.",
+                          "Choose a folder inside it, which is made private.")

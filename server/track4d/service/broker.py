@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import signal
@@ -162,7 +163,7 @@ class Broker:
     def close(self) -> None:
         """Ends the worker and the socket, and takes the connection file away. Jobs wait for the next start."""
         if self._worker is not None:
-            self._worker.kill()
+            self._worker.close()
         if self._running is not None:
             with contextlib.suppress(ServerError):  # the next start does the same
                 self._store.interrupted(self._running.job_id)
@@ -436,6 +437,7 @@ class Broker:
         if running is not None and running.kill_at is not None and time.monotonic() > running.kill_at and worker is not None:
             log.warning("%s ignores a cancel; killed", worker.name)
             worker.kill()
+            running.kill_at = math.inf
         if worker is None:
             if self._broken is None:
                 self._start_worker()
@@ -447,7 +449,7 @@ class Broker:
         if self._worker is not worker:
             return
         log.log(logging.INFO if self._broken else logging.WARNING, "%s ended with code %d", worker.name, code)
-        worker.kill()
+        worker.close()
         self._worker = None
         if self._running is not None:
             self._job_crashed(self._running, code)

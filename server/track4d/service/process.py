@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -42,8 +43,13 @@ class WorkerProcess:
         return self._process.poll()
 
     def kill(self) -> None:
-        """Ends it at once and waits for that."""
+        """Ends it at once; `ended` tells when it has gone, which a driver may delay."""
         self._process.kill()
-        self._process.wait()
+
+    def close(self) -> None:
+        """Ends it at once and waits for that, a few seconds at most."""
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
         if self._process.stdin is not None:
             self._process.stdin.close()

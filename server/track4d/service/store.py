@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -62,6 +63,7 @@ class Store:
         self.home, self._limits = home, limits
         with storing(home):
             (home / "jobs").mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(home / "jobs.sqlite3", os.O_CREAT | os.O_RDWR, 0o600))  # prompts are private
             self._database = sqlite3.connect(home / "jobs.sqlite3", isolation_level=None)
             self._database.row_factory = sqlite3.Row
             self._database.execute("PRAGMA journal_mode=WAL")

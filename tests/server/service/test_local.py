@@ -45,7 +45,7 @@ def test_two_that_ask_at_once_get_one_server(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows keeps user folders private by their access lists")
 def test_keys_are_for_their_owner_only(server):
-    for name in ("connection.json", "server-keys.json", "client-keys/local.key"):
+    for name in ("connection.json", "server-keys.json", "client-keys/local.key", "jobs.sqlite3", "jobs.sqlite3-wal"):
         assert mode(server.home / name) == 0o600
     assert mode(server.home) == mode(server.home / "client-keys") == mode(server.home / "jobs") == 0o700
 
@@ -96,6 +96,14 @@ def test_a_home_that_cannot_be_written_is_said(tmp_path):
     with pytest.raises(ServerError) as refused:
         serve(tmp_path / "file" / "home")
     assert refused.value.code == "home_unwritable"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no permission bits")
+def test_a_home_that_everybody_can_write_is_refused(tmp_path):
+    tmp_path.chmod(0o777)
+    with pytest.raises(ServerError) as caught:
+        serve(tmp_path)
+    assert caught.value.code == "home_not_private" and mode(tmp_path) == 0o777
 
 
 def test_no_server_without_encryption(tmp_path, monkeypatch):
