@@ -120,7 +120,7 @@ def start(context: bpy.types.Context, objects: list[bpy.types.Object]) -> str:
     seen = snapshot(objects)
     job = ActiveJob(uuid.uuid4().hex, settings.prompt, [item.name for item in seen.objects], seen, total=len(AZIMUTHS))
     state.active[job.id] = job
-    state.problem, state.applied, state.warnings = None, None, [_warning(w) for w in seen.warnings]
+    state.problem, state.warnings = None, [_warning(w) for w in seen.warnings]
     _captures[job.id] = steps(seen, settings)
     attach(context, start=True)
     return job.id
@@ -318,7 +318,7 @@ def _finish(job: ActiveJob, news: Job) -> None:
 
 def _offer(jobs: list[Job]) -> None:
     """The server's list, after connecting: what went on or ended while nobody watched."""
-    applied = {marks.read(keys).get("job") for keys in bpy.data.shape_keys}
+    applied = {job_id for keys in bpy.data.shape_keys for job_id in _applied_jobs(keys)}
     for news in sorted(jobs, key=lambda job: -job.created):
         if news.id in state.active:
             _update(news)
@@ -353,13 +353,19 @@ def _apply(job_id: str, seen: Snapshot, result: Result) -> None:
     from .capture import find_objects
 
     objects = find_objects(seen)
+    history = [_applied_jobs(obj.data.shape_keys) for obj in objects]
     scenes = [*objects[0].users_scene, bpy.context.scene]
     state.applied = shape_keys(seen, result, frame_start=scenes[0].frame_start)
-    for obj in objects:
-        obj.data.shape_keys[marks.MARK]["job"] = job_id
+    for obj, earlier in zip(objects, history):
+        obj.data.shape_keys[marks.MARK]["jobs"] = " ".join([*earlier, job_id])
     state.last_report = result.report
     state.warnings = [_warning(warning) for warning in [*seen.warnings, *result.report.get("warnings", [])]]
     _push_undo("Track4D animation")
+
+
+def _applied_jobs(keys: bpy.types.Key | None) -> list[str]:
+    """The jobs whose results these keys have carried; they aren't offered again."""
+    return str(marks.read(keys).get("jobs", "")).split()[-20:]
 
 
 def _fail(job_id: str, error: Track4DError) -> None:

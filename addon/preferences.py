@@ -73,7 +73,9 @@ class Track4DPreferences(bpy.types.AddonPreferences):
             layout.prop(self, "connection_file")
         panels.draw_server(layout, jobs.state)
         row = layout.row(align=True)
-        row.operator("track4d.start_server", icon="FILE_REFRESH", text="Start" if self.server == "LOCAL" else "Connect")
+        if jobs.state.server_problem is None or jobs.state.server_problem.code not in panels.FIXES:
+            text = "Start the Server" if self.server == "LOCAL" else "Connect"
+            row.operator("track4d.start_server", icon="FILE_REFRESH", text=text)
         row.operator("track4d.copy_report", icon="COPYDOWN")
 
 
