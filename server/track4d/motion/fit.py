@@ -42,7 +42,7 @@ class FitPreset:
     stiffness: float = 20.0
     steps: int = 2
     track_rounds: tuple[float, ...] = (3, 1)
-    track_stiffness: float = 200.0
+    track_stiffness: float = 60.0
 
 
 DEFAULT = FitPreset()
@@ -108,7 +108,7 @@ def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarr
         cv2.setNumThreads(threads)
 
 
-def _follow(registration: Registration, rounds: tuple[float, ...], places: Places | None, total: int, report: Report) -> MotionField:
+def _follow(registration: Registration, rounds: tuple[float, ...], places: list[Places] | None, total: int, report: Report) -> MotionField:
     """Fits one frame after the other, each from the extrapolated motion."""
     footage, mesh = registration.footage, registration.mesh
     pose = before = Pose.at_rest(registration.nodes)
@@ -121,14 +121,18 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: Place
     with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
         for frame in range(1, footage.frames):
             guess = pose.extrapolated(before)
-            starts = [registration.warm_start(guess, frame, None if places is not None else look, places)]
-            if frame > 1 and places is None:
-                starts.append(guess)
+            tracked = None if places is None else places[frame]
+            if tracked is not None:
+                starts = [registration.follow_places(guess, tracked)]
+            else:
+                starts = [registration.follow_flow(guess, frame, look), guess][:frame]  # in frame 1 the guess is frame 0
             for rigidity in rounds:
-                starts = list(pool.map(lambda start: registration.refine(start, frame, rigidity, places), starts))  # noqa: B023
+                starts = list(pool.map(lambda start: registration.refine(start, frame, rigidity, tracked), starts))  # noqa: B023
                 done += 1
                 report("fit", done, total, _preview(look))
-            looks = [registration.look(start) for start in starts]
+            if tracked is not None:
+                starts = [registration.held_together(start, tracked) for start in starts]
+            looks = list(pool.map(registration.look, starts))
             best = int(np.argmin([registration.cost(one, frame) for one in looks]))
             before, pose, look = pose, starts[best], looks[best]
             vertices[frame] = registration.vertices(pose)
@@ -140,8 +144,8 @@ def _preview(look: Look) -> np.ndarray:
     return (look.colors[0] * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
 
-def _sample_tracks(registration: Registration, tracks: Tracks3D, frames: int, count: int) -> Places:
-    """The tracks at the surface points.
+def _sample_tracks(registration: Registration, tracks: Tracks3D, frames: int, count: int) -> list[Places]:
+    """The tracks at the surface points, frame by frame.
 
     Raises:
         InputError: the tracks don't have the video's frames or the mesh's vertices.
@@ -155,7 +159,8 @@ def _sample_tracks(registration: Registration, tracks: Tracks3D, frames: int, co
     corners = positions[:, registration.corners]  # [F, P, 3, 3]
     known = np.isfinite(corners).all((2, 3))
     weights = np.where(known, confidence[:, registration.corners].min(2).clip(0, 1), 0)
-    return Places(np.einsum("pk,fpkx->fpx", registration.barycentric, np.nan_to_num(corners)), weights)
+    points = np.einsum("pk,fpkx->fpx", registration.barycentric, np.nan_to_num(corners))
+    return [Places(*one) for one in zip(points, weights)]
 
 
 def _check_first_frame(mesh: Mesh, footage: Footage, shading: np.ndarray) -> None:

@@ -154,7 +154,7 @@ def build_nodes(vertices: np.ndarray, normals: np.ndarray, edges: np.ndarray, co
     order = np.argsort(distances, axis=0)[:blended + 1]  # [5, C]
     near = np.take_along_axis(distances, order, 0)
     weight = np.maximum(1 - near[:blended] / (near[-1:] + 1e-9), 1e-4) ** 2
-    weight /= weight.sum(0)
+    weight = weight / weight.sum(0)
     columns = np.repeat(np.arange(len(points)), blended)
     weights = sp.csr_matrix((weight.T.ravel(), (columns, order[:blended].T.ravel())), shape=(len(points), count))
     skinning = _affine(vertices, rest, weights if spread is None else spread @ weights)

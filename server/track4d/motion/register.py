@@ -34,6 +34,8 @@ BORDER = 4.0  # pixels at the picture's edge where the silhouette says nothing: 
 FLOW_TOLERANCE = 1.0  # pixels, forward-backward
 WARM_UP = ((30.0, 12.0), (10.0, 6.0), (3.0, 3.0))  # stiffness and outlier scale when tracks or flow give a start
 EXTRAPOLATION = 0.7  # share of the last motion that is expected to go on
+LARGEST_STRETCH = 1.6  # of the edges, 99th percentile, where tracks carry the fit
+STIFFER = (2.0, 4.0, 8.0, 16.0)  # stiffness factors tried to get there
 LARGEST_TURN = 1.0  # radians per step
 HIDDEN = 0.03  # a point this far behind the surface is hidden, canonical units
 PIXELS_PER_UNIT = 117.0  # of a 256-pixel picture at the orbit cameras' distance: brings places in space to pixels
@@ -89,7 +91,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Places:
-    """Positions in space [F, P, 3] that the surface points should have, with weights [F, P]."""
+    """Positions in space [P, 3] that the surface points should have in a frame, with weights [P]."""
 
     positions: np.ndarray
     weights: np.ndarray
@@ -148,6 +150,10 @@ class Registration:
         self.slot[reverse_cuthill_mckee(coupled, symmetric_mode=True)] = np.arange(count)
         linked = coupled.tocoo()
         self.band_width = 6 * (int(np.abs(self.slot[linked.row] - self.slot[linked.col]).max()) + 1)
+        edges = np.unique(np.sort(welded[mesh.edges()], 1), axis=0)
+        rest = self.nodes.pose(Pose.at_rest(nodes).rotations, nodes.rest)
+        self.edges = edges[np.linalg.norm(rest[edges[:, 0]] - rest[edges[:, 1]], axis=1) > 1e-4]
+        self.rest_lengths = self._edge_lengths(rest)
         self._nearest_inside = lru_cache(maxsize=2 * footage.views)(self._measure_masks)
 
     # ---- poses
@@ -266,13 +272,13 @@ class Registration:
 
     # ---- solving
 
-    def solve(self, pose: Pose, targets: list[Targets], rigidity: float, places: Places | None = None, frame: int = 0,
+    def solve(self, pose: Pose, targets: list[Targets], rigidity: float, places: Places | None = None,
               outliers: float = 1.0) -> Pose:
         """A few Gauss-Newton steps towards targets in the pictures and places in space.
 
         Args:
             rigidity: factor on the stiffness.
-            places, frame, outliers: tracked places, the frame they are taken from, and the factor on their outlier scale.
+            places: tracked places; outliers: factor on their outlier scale.
         """
         nodes, count, unit = self.nodes, len(self.nodes.rest), self.footage.unit
         tails, heads = nodes.edges.T
@@ -283,7 +289,7 @@ class Registration:
                 add_pixels(points, self.footage.viewmats, self.Ks, target.uv.astype(np.float64) / unit,
                            target.weights.astype(np.float64), target.scale, information, pull)
             if places is not None:
-                add_places(points, places.positions[frame], places.weights[frame] * PIXELS_PER_UNIT**2,
+                add_places(points, places.positions, places.weights * PIXELS_PER_UNIT**2,
                            FLOW_SCALE * outliers / PIXELS_PER_UNIT, information, pull)
             band, gradient = np.zeros((6 * count, self.band_width)), np.zeros(6 * count)
             arms = np.einsum("nij,nj->ni", pose.rotations[self.members], self.levers)
@@ -302,15 +308,36 @@ class Registration:
         outliers = float(np.clip(rigidity, 1, 8))
         look = self.look(pose)
         targets = [self.flow_targets(look, frame, outliers), *self.silhouette_targets(look, frame)]
-        return self.solve(pose, targets, rigidity, places, frame, outliers)
+        return self.solve(pose, targets, rigidity, places, outliers)
 
-    def warm_start(self, pose: Pose, frame: int, before: Look | None = None, places: Places | None = None) -> Pose:
-        """Moves an extrapolated pose by the video's own flow since the look at the frame before, or by tracked places."""
-        flow = None if before is None else self.video_flow_targets(before, frame)
+    def follow_flow(self, pose: Pose, frame: int, before: Look) -> Pose:
+        """Moves an extrapolated pose by the video's own flow since the look at the frame before."""
+        flow = self.video_flow_targets(before, frame)
         for rigidity, outliers in WARM_UP:
-            targets = [] if flow is None else [replace(flow, scale=FLOW_SCALE * outliers)]
-            pose = self.solve(pose, targets, rigidity, places, frame, outliers)
+            pose = self.solve(pose, [replace(flow, scale=FLOW_SCALE * outliers)], rigidity)
         return pose
+
+    def follow_places(self, pose: Pose, places: Places) -> Pose:
+        """Moves an extrapolated pose to tracked places."""
+        for rigidity, outliers in WARM_UP:
+            pose = self.solve(pose, [], rigidity, places, outliers)
+        return pose
+
+    def held_together(self, pose: Pose, places: Places) -> Pose:
+        """The pose, made stiffer until few edges of the surface are stretched: tracks may tear what no video could."""
+        for rigidity in STIFFER:
+            if self.stretch(pose) < LARGEST_STRETCH:
+                break
+            pose = self.solve(pose, [], rigidity, places)
+        return pose
+
+    def stretch(self, pose: Pose) -> float:
+        """99th percentile over the edges of how many times longer or shorter they are than at rest."""
+        ratio = self._edge_lengths(self.nodes.pose(pose.rotations, pose.positions)) / self.rest_lengths
+        return float(np.quantile(np.maximum(ratio, 1 / np.maximum(ratio, 1e-9)), 0.99))
+
+    def _edge_lengths(self, surface: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(surface[self.edges[:, 0]] - surface[self.edges[:, 1]], axis=1)
 
 
 def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice] | None:

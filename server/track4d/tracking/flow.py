@@ -40,7 +40,7 @@ def dense_flow(first: np.ndarray, second: np.ndarray, upsampling: int = 2) -> np
     below, right = (max(SMALLEST - side, 0) for side in first.shape)
     if below or right:
         first, second = (cv2.copyMakeBorder(p, 0, below, 0, right, cv2.BORDER_REPLICATE) for p in (first, second))
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)  # type: ignore[call-overload]
     flow = flow[:height * upsampling, :width * upsampling]
     if upsampling > 1:
         flow = cv2.resize(flow, (width, height), interpolation=cv2.INTER_AREA) / upsampling
