@@ -24,7 +24,8 @@ from track4d_protocol import __version__
 from track4d_protocol.client import Client
 from track4d_protocol.errors import Cancelled, InputError, Track4DError, TransportError, error_from_dict
 from track4d_protocol.local import ensure_server
-from track4d_protocol.messages import Job, JobState, Request, Result, Settings
+from track4d_protocol.messages import PRESETS, Job, JobState, Request, Result, Settings
+from track4d_protocol.space import FRONTS
 
 from .files import Staging, check_readable, check_writable
 
@@ -121,14 +122,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         )
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--frames", type=int, default=16)
-        command.add_argument("--preset", default="default")
-        command.add_argument("--front", default="-Y", help="the axis that the objects face: -Y, +Y, +X or -X")
+        command.add_argument("--preset", default="default", choices=PRESETS)
+        command.add_argument("--front", default="-Y", choices=list(FRONTS), help="the axis that the objects face")
         command.add_argument("--home", type=Path, help="folder of the server's jobs and keys")
         command.add_argument("--report", type=Path, help="write what was done as .json")
         command.add_argument("--preview", type=Path, help="write the moving views as .webp")
         command.add_argument("--sheet", type=Path, help="write the views over time as .png")
         command.add_argument("--quiet", action="store_true", help="no progress")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     check_readable(options.file)
     options.out = [check_writable(path) for path in options.out]
     for name, suffix in (("report", ".json"), ("preview", ".webp"), ("sheet", ".png")):
@@ -137,6 +138,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.preview or options.sheet:
         _require_pillow()
     return options
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`--front -Y` as `--front=-Y`: argparse takes a value with a dash for another option."""
+    rest, joined = list(arguments), []
+    while rest:
+        word = rest.pop(0)
+        takes_value = word.startswith("--") and "=" not in word and word not in ("--quiet", "--help")
+        joined.append(f"{word}={rest.pop(0)}" if takes_value and rest else word)
+    return joined
 
 
 def _require_pillow() -> None:

@@ -38,7 +38,7 @@ def shape_keys(
         InputError: object_missing, in_edit_mode, topology_changed, and what `snapshot` raises. Nothing is changed then.
         ServerError: bad_result, the result doesn't have the size of the objects or isn't finite.
     """
-    seen = target if isinstance(target, Snapshot) else snapshot(target)
+    seen = target if isinstance(target, Snapshot) else snapshot(target, may_be_animated=True)
     objects = find_objects(seen)
     frames = np.asarray(result.arrays["vertices"], np.float32)  # [F, N, 3]
     if frames.ndim != 3 or frames.shape[1:] != seen.vertices.shape:

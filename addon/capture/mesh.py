@@ -131,18 +131,19 @@ def find_objects(wanted: Sequence[bpy.types.Object] | Snapshot) -> list[bpy.type
     return found
 
 
-def snapshot(objects: Sequence[bpy.types.Object]) -> Snapshot:
+def snapshot(objects: Sequence[bpy.types.Object], may_be_animated: bool = False) -> Snapshot:
     """Looks at the objects and checks that they can be animated; they stay untouched.
 
     Args:
         objects: mesh objects; the first one's turn about the vertical and its location define capture space.
+        may_be_animated: for a result that was made before the objects were animated.
 
     Raises:
         InputError: no_mesh_selected, wrong_object_type, linked_data, shared_mesh, absolute_shape_keys,
             already_animated, empty_mesh, too_few_vertices, no_faces, not_finite, flat_transform, degenerate_mesh.
     """
     objects = list(objects)
-    _check_objects(objects)
+    _check_objects(objects, may_be_animated)
     with plain_copies(objects) as copies:
         return _read(copies)
 
@@ -208,7 +209,7 @@ def _read(copies: PlainCopies) -> Snapshot:
 # Checks
 
 
-def _check_objects(objects: list[bpy.types.Object]) -> None:
+def _check_objects(objects: list[bpy.types.Object], may_be_animated: bool) -> None:
     if not objects:
         raise InputError("no_mesh_selected", "No mesh object is selected.", "Select the object to animate.")
     seen: dict[bpy.types.Mesh, str] = {}
@@ -240,7 +241,7 @@ def _check_objects(objects: list[bpy.types.Object]) -> None:
                 f"The shape keys of '{obj.name}' are absolute.",
                 "Switch on 'Relative' in the shape key panel.",
             )
-        cause = _animation_of(obj)
+        cause = "" if may_be_animated else _animation_of(obj)
         if cause:
             raise InputError(
                 "already_animated",

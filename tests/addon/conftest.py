@@ -73,7 +73,9 @@ def mesh_hash(mesh) -> str:
     """Every attribute of a mesh, its shape keys and materials."""
     digest = hashlib.sha256()
     for attribute in mesh.attributes:
-        field = {"FLOAT_VECTOR": "vector", "FLOAT2": "vector", "FLOAT_COLOR": "color", "BYTE_COLOR": "color"}.get(attribute.data_type, "value")
+        field = {"FLOAT_VECTOR": "vector", "FLOAT2": "vector", "FLOAT_COLOR": "color", "BYTE_COLOR": "color"}.get(
+            attribute.data_type, "value"
+        )
         if attribute.data_type in ("INT32_2D", "INT16_2D") or not len(attribute.data):
             continue
         width = np.size(getattr(attribute.data[0], field))
@@ -96,19 +98,40 @@ def everything() -> dict[str, object]:
     state: dict[str, object] = {}
     for name in dir(bpy.data):
         collection = getattr(bpy.data, name)
-        if isinstance(collection, bpy.types.bpy_prop_collection) and name not in ("window_managers", "screens", "workspaces"):
+        if isinstance(collection, bpy.types.bpy_prop_collection) and name not in (
+            "window_managers",
+            "screens",
+            "workspaces",
+        ):
             state[name] = sorted((block.name_full, block.users, block.session_uid) for block in collection)
     state["hashes"] = {mesh.name: mesh_hash(mesh) for mesh in bpy.data.meshes}
     state["matrices"] = {obj.name: [tuple(row) for row in obj.matrix_world] for obj in bpy.data.objects}
-    state["modes"] = {obj.name: (obj.mode, obj.active_shape_key_index, [m.show_viewport for m in obj.modifiers]) for obj in bpy.data.objects}
+    state["modes"] = {
+        obj.name: (obj.mode, obj.active_shape_key_index, [m.show_viewport for m in obj.modifiers])
+        for obj in bpy.data.objects
+    }
     for scene in bpy.data.scenes:
         render, cycles = scene.render, scene.cycles
-        state[scene.name] = (render.engine, render.resolution_x, render.film_transparent, cycles.samples, cycles.device, scene.frame_start,
-                             scene.frame_end, scene.frame_current, scene.camera and scene.camera.name, scene.world and scene.world.name,
-                             scene.view_settings.view_transform, sorted(o.name for o in scene.objects if o.select_get()),
-                             scene.view_layers[0].objects.active and scene.view_layers[0].objects.active.name)
-    state["handlers"] = {name: list(getattr(bpy.app.handlers, name)) for name in dir(bpy.app.handlers)
-                         if isinstance(getattr(bpy.app.handlers, name), list)}
+        state[scene.name] = (
+            render.engine,
+            render.resolution_x,
+            render.film_transparent,
+            cycles.samples,
+            cycles.device,
+            scene.frame_start,
+            scene.frame_end,
+            scene.frame_current,
+            scene.camera and scene.camera.name,
+            scene.world and scene.world.name,
+            scene.view_settings.view_transform,
+            sorted(o.name for o in scene.objects if o.select_get()),
+            scene.view_layers[0].objects.active and scene.view_layers[0].objects.active.name,
+        )
+    state["handlers"] = {
+        name: list(getattr(bpy.app.handlers, name))
+        for name in dir(bpy.app.handlers)
+        if isinstance(getattr(bpy.app.handlers, name), list)
+    }
     return state
 
 
@@ -117,8 +140,21 @@ def wave(vertices: np.ndarray, frames: int = 6, prompt: str = "it swims") -> Res
     size = float(np.ptp(vertices, axis=0).max())
     times = np.arange(frames)[:, None]
     phase = 3 * vertices[:, 1] / size
-    moves = np.stack([0.10 * np.sin(times * 0.9 + phase), 0.05 * np.cos(times * 1.1 + phase), 0.08 * np.sin(times * 0.7 - phase)], -1) * size
-    return Result({"prompt": prompt, "seed": 3, "preset": "fast", "warnings": []}, {"vertices": (vertices + moves - moves[:1]).astype(np.float32)})
+    moves = (
+        np.stack(
+            [
+                0.10 * np.sin(times * 0.9 + phase),
+                0.05 * np.cos(times * 1.1 + phase),
+                0.08 * np.sin(times * 0.7 - phase),
+            ],
+            -1,
+        )
+        * size
+    )
+    return Result(
+        {"prompt": prompt, "seed": 3, "preset": "fast", "warnings": []},
+        {"vertices": (vertices + moves - moves[:1]).astype(np.float32)},
+    )
 
 
 def to_world(seen, points: np.ndarray) -> np.ndarray:
@@ -129,8 +165,16 @@ def to_world(seen, points: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """The helpers above, since test modules don't import each other."""
-    return SimpleNamespace(make_object=make_object, make_cone=make_cone, make_grid=make_grid, world_positions=world_positions,
-                           mesh_hash=mesh_hash, everything=everything, wave=wave, to_world=to_world)
+    return SimpleNamespace(
+        make_object=make_object,
+        make_cone=make_cone,
+        make_grid=make_grid,
+        world_positions=world_positions,
+        mesh_hash=mesh_hash,
+        everything=everything,
+        wave=wave,
+        to_world=to_world,
+    )
 
 
 @pytest.fixture

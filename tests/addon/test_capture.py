@@ -20,7 +20,9 @@ FOX = Settings(prompt="the fox is running")
 def our_pictures(request) -> np.ndarray:
     """The request's views drawn by the server's rasteriser; [V, R, R, 4]."""
     a = request.arrays
-    textures = [a[f"texture_{k}"].astype(np.float32) / 255 for k in range(sum(name.startswith("texture_") for name in a))]
+    textures = [
+        a[f"texture_{k}"].astype(np.float32) / 255 for k in range(sum(name.startswith("texture_") for name in a))
+    ]
     mesh = Mesh(a["vertices"], a["faces"], a["uvs"], a["materials"], textures)
     return render(mesh, mesh.vertices[None], a["viewmats"].astype(np.float32), a["Ks"], a["views"].shape[1])[0]
 
@@ -78,11 +80,13 @@ def test_depth_is_the_distance_along_the_axis(fox) -> None:
         points = np.stack([(column + 0.5 - K[0, 2]) * z / K[0, 0], (row + 0.5 - K[1, 2]) * z / K[1, 1], z], 1)
         points = (points - M[:3, 3]) @ M[:3, :3]  # into capture space
         span = np.ptp(a["vertices"], axis=0)
-        assert (points > a["vertices"].min(0) - 0.02 * span.max()).all() and (points < a["vertices"].max(0) + 0.02 * span.max()).all()
+        assert (points > a["vertices"].min(0) - 0.02 * span.max()).all() and (
+            points < a["vertices"].max(0) + 0.02 * span.max()
+        ).all()
 
 
 def furnished_scene(kit):
-    """A scene in which much could go wrong: lamp, camera, parent, modifier, shape key, materials, handlers, selection."""
+    """A scene in which much could go wrong: lamp, camera, parent, modifiers, keys, materials, handlers, selection."""
     cone = kit.make_cone()
     parent = bpy.data.objects.new("Parent", None)
     lamp = bpy.data.objects.new("Lamp", bpy.data.lights.new("Lamp", "POINT"))
@@ -130,6 +134,7 @@ def test_nothing_of_the_users_is_touched(kit, how, monkeypatch) -> None:
         next(working), next(working)
         working.close()
     else:
+
         def break_down(self, depsgraph):
             raise RuntimeError("no memory")
 
@@ -188,8 +193,17 @@ def test_where_the_object_stands_and_looks_does_not_matter(kit) -> None:
     np.testing.assert_allclose(kit.to_world(seen, seen.vertices), kit.world_positions([cone]), atol=2e-3)
 
 
-@pytest.mark.parametrize(("scale", "turn", "expected"), [
-    ((1, 1, 1), 0, 0), ((2, 0.5, 3), 40, 40), ((-1, 1, 1), 0, 0), ((1, -1, 1), 25, 25), ((1, 1, -1), -70, -70), ((-2, -1, -1), 10, 10)])
+@pytest.mark.parametrize(
+    ("scale", "turn", "expected"),
+    [
+        ((1, 1, 1), 0, 0),
+        ((2, 0.5, 3), 40, 40),
+        ((-1, 1, 1), 0, 0),
+        ((1, -1, 1), 25, 25),
+        ((1, 1, -1), -70, -70),
+        ((-2, -1, -1), 10, 10),
+    ],
+)
 def test_front_is_the_objects_own(kit, scale, turn, expected) -> None:
     """Mirrored objects too keep their own -Y as front (up to the mirroring itself)."""
     cone = kit.make_cone()
@@ -316,7 +330,10 @@ def test_plain_colours_are_srgb(kit) -> None:
         cone.data.materials.append(material(name, color)[0])
     cone.data.polygons[0].material_index = 1
     seen = capture.snapshot([cone])
-    assert [texture.tolist() for texture in seen.textures] in ([[[[127, 127, 127]]], [[[255, 0, 0]]]], [[[[128, 128, 128]]], [[[255, 0, 0]]]])
+    assert [texture.tolist() for texture in seen.textures] in (
+        [[[[127, 127, 127]]], [[[255, 0, 0]]]],
+        [[[[128, 128, 128]]], [[[255, 0, 0]]]],
+    )
     assert seen.materials.tolist().count(1) == 1 and seen.warnings == []
     assert_pictures_agree(capture.capture(seen, FOX, **QUICK))
 
@@ -355,10 +372,18 @@ def test_colour_attributes_become_texels(kit, kind, domain) -> None:
     made.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
     grid.data.materials.append(made)
     attribute = grid.data.color_attributes.new("Paint", kind, domain)
-    where = [v.co for v in grid.data.vertices] if domain == "POINT" else [grid.data.vertices[x.vertex_index].co for x in grid.data.loops]
-    attribute.data.foreach_set("color", np.array([(p[0] / 2 + 0.5, p[1] / 2 + 0.5, 0.1, 1) for p in where], np.float32).ravel())
+    where = (
+        [v.co for v in grid.data.vertices]
+        if domain == "POINT"
+        else [grid.data.vertices[x.vertex_index].co for x in grid.data.loops]
+    )
+    attribute.data.foreach_set(
+        "color", np.array([(p[0] / 2 + 0.5, p[1] / 2 + 0.5, 0.1, 1) for p in where], np.float32).ravel()
+    )
     seen = capture.snapshot([grid])
-    mesh = Mesh(seen.vertices, seen.faces, seen.uvs, seen.materials, [t.astype(np.float32) / 255 for t in seen.textures])
+    mesh = Mesh(
+        seen.vertices, seen.faces, seen.uvs, seen.materials, [t.astype(np.float32) / 255 for t in seen.textures]
+    )
     found = mesh.corner_colors(seen.uvs.mean(1), np.arange(len(seen.faces)))
     middle = seen.vertices[seen.faces].mean(1)[:, :2] / 2 + 0.5
     linear = np.where(found <= 0.04045, found / 12.92, ((found + 0.055) / 1.055) ** 2.4)
@@ -381,7 +406,11 @@ def test_missing_colours_are_warnings(kit, code, tmp_path) -> None:
         cone.data.materials.append(made)
     seen = capture.snapshot([cone])
     (warning,) = seen.warnings
-    assert warning["code"] == code and "Cone" in warning["message"] + "Cone" * (code == "missing_texture") and warning["action"]
+    assert (
+        warning["code"] == code
+        and "Cone" in warning["message"] + "Cone" * (code == "missing_texture")
+        and warning["action"]
+    )
     check_request(capture.capture(seen, FOX, **QUICK))
 
 
@@ -454,6 +483,19 @@ def test_unknown_front(kit) -> None:
     with pytest.raises(InputError) as caught:
         capture.capture([kit.make_cone()], Settings(prompt="x", front="up"), **QUICK)
     assert caught.value.code == "bad_front"
+
+
+def test_cycles_switched_off(kit) -> None:
+    cone = kit.make_cone()
+    bpy.ops.preferences.addon_disable(module="cycles")
+    try:
+        before = set(bpy.data.objects)
+        with pytest.raises(InputError) as caught:
+            capture.capture([cone], FOX, **QUICK)
+        assert caught.value.code == "cycles_missing" and set(bpy.data.objects) == before
+    finally:
+        bpy.ops.preferences.addon_enable(module="cycles")
+    assert capture.capture([cone], FOX, **QUICK).arrays["views"][..., 3].any()
 
 
 def test_a_still_rig_is_no_animation(kit) -> None:

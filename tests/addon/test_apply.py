@@ -1,0 +1,293 @@
+"""Results on the user's objects: exact, beside what is there, and gone without trace."""
+
+import bpy
+import numpy as np
+import pytest
+from mathutils import Euler
+from track4d_addon import apply, capture
+from track4d_protocol.errors import InputError, ServerError
+from track4d_protocol.messages import Result
+
+
+def assert_moves_as(kit, seen, result, objects, frame_start=1, step=1.0, tolerance=2e-6) -> None:
+    """Blender shows each frame of the result, and the linear way between two."""
+    frames = result.arrays["vertices"]
+    size = np.ptp(seen.vertices, axis=0).max()
+    for number in range(len(frames)):
+        shown = kit.world_positions(objects, frame_start + number * step)
+        assert np.abs(shown - kit.to_world(seen, frames[number])).max() < tolerance * size
+    between = kit.to_world(seen, 0.75 * frames[1] + 0.25 * frames[2])
+    assert np.abs(kit.world_positions(objects, frame_start + 1.25 * step) - between).max() < tolerance * size
+
+
+@pytest.fixture
+def cone(kit):
+    return kit.make_cone()
+
+
+def test_two_objects_move_as_the_result_says(kit, load) -> None:
+    shark = load("shark.glb")
+    seen = capture.snapshot(shark)
+    result = kit.wave(seen.vertices, 16, "the shark swims")
+    made = apply.shape_keys(seen, result)
+    assert_moves_as(kit, seen, result, shark)
+    assert made == {
+        "objects": [o.name for o in shark],
+        "keys": [f"f{n:04d}" for n in range(1, 17)],
+        "action": "Track4D: the shark swims",
+        "frame_start": 1,
+        "frame_end": 16,
+        "vertices": 3514,
+    }
+    assert {o.data.shape_keys.animation_data.action.name for o in shark} == {"Track4D: the shark swims"}
+    assert [a.name for a in bpy.data.actions] == ["Track4D: the shark swims"]
+    held = kit.world_positions(shark, 40)
+    np.testing.assert_allclose(held, kit.world_positions(shark, 16), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [(1, 1, 1), (2, 0.5, 3), (-1, 2, 1), (-1, -1, -1)])
+def test_transforms_and_parents(kit, cone, scale) -> None:
+    parent = bpy.data.objects.new("Parent", None)
+    bpy.context.scene.collection.objects.link(parent)
+    parent.scale, parent.location, parent.rotation_euler = (3, 1, 0.5), (50, -20, 7), Euler((0.2, 0.3, 2.0))
+    cone.parent, cone.scale, cone.rotation_euler, cone.location = parent, scale, Euler((0.3, 0.4, 0.7)), (1, 2, 3)
+    seen = capture.snapshot([cone])
+    result = kit.wave(seen.vertices)
+    apply.shape_keys(seen, result)
+    assert_moves_as(kit, seen, result, [cone], tolerance=1e-5)
+
+
+def test_moved_and_renamed_while_the_job_ran(kit, cone) -> None:
+    """The motion is the object's own: it goes where the object goes."""
+    seen = capture.snapshot([cone])
+    result = kit.wave(seen.vertices)
+    cone.name, cone.location, cone.rotation_euler.z = "Other", (9, 9, 9), 1.0
+    apply.shape_keys(seen, result)
+    moved = capture.snapshot([cone])
+    np.testing.assert_allclose(
+        kit.world_positions([cone], 3), kit.to_world(moved, result.arrays["vertices"][2]), atol=1e-5
+    )
+
+
+def test_objects_will_do_without_their_snapshot(kit, cone) -> None:
+    seen = capture.snapshot([cone])
+    result = kit.wave(seen.vertices)
+    cone.keyframe_insert("location", frame=1)  # animated in the meantime: no reason to refuse a result
+    apply.shape_keys([cone], result)
+    assert_moves_as(kit, seen, result, [cone])
+
+
+def test_start_and_step(kit, cone) -> None:
+    seen = capture.snapshot([cone])
+    result = kit.wave(seen.vertices)
+    made = apply.shape_keys(seen, result, frame_start=20, step=2.5)
+    assert (made["frame_start"], made["frame_end"]) == (20, 32.5)
+    assert_moves_as(kit, seen, result, [cone], 20, 2.5)
+
+
+def test_subdivision_and_mirror_work_on_top(kit, cone) -> None:
+    cone.modifiers.new("Half", "MIRROR").use_axis = (False, False, True)
+    cone.modifiers.new("Smooth", "SUBSURF")
+    seen = capture.snapshot([cone])
+    result = kit.wave(seen.vertices)
+    apply.shape_keys(seen, result)
+    for modifier in cone.modifiers:
+        modifier.show_viewport = False
+    assert_moves_as(kit, seen, result, [cone])
+
+
+@pytest.mark.parametrize("kind", ["lattice", "rig", "twist", "smooth"])
+def test_under_modifiers_that_bend(kit, cone, kind) -> None:
+    """What is seen is what the server made, although the keys work before the modifiers."""
+    if kind == "rig":
+        rig = bpy.data.objects.new("Rig", bpy.data.armatures.new("Rig"))
+        bpy.context.scene.collection.objects.link(rig)
+        bpy.context.view_layer.objects.active = rig
+        bpy.ops.object.mode_set(mode="EDIT")
+        bone = rig.data.edit_bones.new("Bone")
+        bone.tail = (0, 0, 1)
+        bpy.ops.object.mode_set(mode="OBJECT")
+        rig.pose.bones["Bone"].rotation_mode, rig.pose.bones["Bone"].rotation_euler = "XYZ", Euler((0.8, 0.1, 0.5))
+        cone.vertex_groups.new(name="Bone").add(range(13), 1.0, "REPLACE")
+        cone.modifiers.new("Rig", "ARMATURE").object = rig
+    elif kind == "lattice":
+        cage = bpy.data.objects.new("Cage", bpy.data.lattices.new("Cage"))
+        bpy.context.scene.collection.objects.link(cage)
+        cage.scale = (4, 4, 4)
+        for point in cage.data.points:
+            point.co_deform = (
+                point.co_deform[0] * 1.5 + 0.3 * point.co_deform[1],
+                point.co_deform[1],
+                point.co_deform[2] * 0.8,
+            )
+        cone.modifiers.new("Cage", "LATTICE").object = cage
+    elif kind == "twist":
+        bend = cone.modifiers.new("Bend", "SIMPLE_DEFORM")
+        bend.deform_method, bend.angle, bend.deform_axis = "TWIST", 0.4, "Y"
+    else:
+        cone.modifiers.new("Soft", "SMOOTH").factor = 0.3
+    seen = capture.snapshot([cone])
+    result = kit.wave(seen.vertices)
+    result.arrays["vertices"] = (seen.vertices + 0.1 * (result.arrays["vertices"] - seen.vertices)).astype(np.float32)
+    apply.shape_keys(seen, result)
+    size = np.ptp(seen.vertices, axis=0).max()
+    # rigs and cages are linear in a vertex; a twist only nearly, and smoothing also mixes neighbours
+    tolerance = {"rig": 1e-4, "lattice": 2e-3, "twist": 5e-3, "smooth": 2e-2}[kind] * size
+    for number, frame in enumerate(result.arrays["vertices"], 1):
+        assert np.abs(kit.world_positions([cone], number) - kit.to_world(seen, frame)).max() < tolerance
+
+
+def test_first_frame_is_the_mesh_itself(kit, cone) -> None:
+    seen = capture.snapshot([cone])
+    before = kit.world_positions([cone])
+    apply.shape_keys(seen, kit.wave(seen.vertices))
+    np.testing.assert_allclose(kit.world_positions([cone], 1), before, atol=1e-12)
+    basis = np.array([p.co for p in cone.data.shape_keys.reference_key.points])
+    np.testing.assert_array_equal(basis, np.array([v.co for v in cone.data.vertices]))
+
+
+def give_keys(cone):
+    """Shape keys of the user: one that is named like ours, and one that is at work."""
+    cone.shape_key_add(name="Rest")
+    smile = cone.shape_key_add(name="Smile")
+    smile.points[3].co.x += 0.5
+    smile.value = 0.5
+    cone.shape_key_add(name="f0002").points[4].co.z -= 0.25
+    cone.active_shape_key_index = 1
+    return smile
+
+
+def test_the_users_shape_keys_go_on_working(kit, cone) -> None:
+    smile = give_keys(cone)
+    seen = capture.snapshot([cone])
+    result = kit.wave(seen.vertices)
+    made = apply.shape_keys(seen, result)
+    assert_moves_as(kit, seen, result, [cone])
+    assert made["keys"][1] == "f0002.001" and cone.active_shape_key_index == 1
+    before = kit.world_positions([cone], 3)
+    smile.value = 1.0
+    moved = kit.world_positions([cone], 3) - before
+    assert np.abs(moved[3]).max() == pytest.approx(0.25, abs=1e-5) and np.abs(np.delete(moved, 3, 0)).max() < 1e-6
+
+
+def test_the_users_key_animation_goes_on_working(kit, cone) -> None:
+    smile = give_keys(cone)
+    seen = capture.snapshot([cone])
+    for frame, value in ((1, 0.5), (6, 1.0)):
+        smile.value = value
+        smile.keyframe_insert("value", frame=frame)
+    action = cone.data.shape_keys.animation_data.action
+    before = kit.everything()
+    result = kit.wave(seen.vertices)
+    made = apply.shape_keys(seen, result)
+    assert made["action"] == action.name
+    np.testing.assert_allclose(
+        kit.world_positions([cone], 1), kit.to_world(seen, result.arrays["vertices"][0]), atol=1e-6
+    )
+    last = kit.world_positions([cone], 6) - kit.to_world(seen, result.arrays["vertices"][5])
+    assert np.abs(last[3]).max() == pytest.approx(0.25, abs=1e-5) and np.abs(np.delete(last, 3, 0)).max() < 1e-5
+    apply.remove([cone])
+    bpy.context.scene.frame_set(before["Scene"][7])
+    smile.value = 1.0
+    assert kit.everything() == before
+
+
+@pytest.mark.parametrize("case", ["plain", "with keys", "two objects", "applied twice", "with modifiers"])
+def test_removed_without_trace(kit, cone, case) -> None:
+    objects = [cone, kit.make_cone("Second")] if case == "two objects" else [cone]
+    if case == "with keys":
+        give_keys(cone)
+    if case == "with modifiers":
+        cone.modifiers.new("Smooth", "SUBSURF")
+    before = kit.everything()
+    seen = capture.snapshot(objects)
+    apply.shape_keys(seen, kit.wave(seen.vertices, 9))
+    if case == "applied twice":
+        apply.shape_keys(capture.snapshot(objects), kit.wave(seen.vertices, 4, "it jumps"))
+        assert len(cone.data.shape_keys.key_blocks) == 5 and [a.name for a in bpy.data.actions] == ["Track4D: it jumps"]
+    assert kit.everything() != before
+    assert apply.remove(objects) == len(objects)
+    after = kit.everything()
+    assert after == before
+    assert apply.remove(objects) == 0
+
+
+def test_removed_although_the_action_was_pushed_down(kit, cone) -> None:
+    before = kit.everything()
+    seen = capture.snapshot([cone])
+    apply.shape_keys(seen, kit.wave(seen.vertices))
+    data = cone.data.shape_keys.animation_data
+    data.nla_tracks.new().strips.new("Swim", 1, data.action)
+    data.action = None
+    apply.remove([cone])
+    assert kit.everything() == before
+
+
+def test_a_second_capture_does_not_see_the_first_result(kit, cone) -> None:
+    seen = capture.snapshot([cone])
+    apply.shape_keys(seen, kit.wave(seen.vertices))
+    bpy.context.scene.frame_set(4)
+    again = capture.snapshot([cone])
+    np.testing.assert_array_equal(again.vertices, seen.vertices)
+
+
+def test_mark_tells_what_was_made(kit, cone) -> None:
+    from track4d_addon import marks
+
+    seen = capture.snapshot([cone])
+    apply.shape_keys(seen, kit.wave(seen.vertices, prompt="the cone rolls"))
+    mark = marks.read(cone.data.shape_keys)
+    assert (mark["prompt"], mark["seed"], mark["preset"]) == ("the cone rolls", 3, "fast") and len(mark["keys"]) == 6
+
+
+def add_vertex(cone) -> None:
+    cone.data.vertices.add(1)
+
+
+def turn_faces(cone) -> None:
+    cone.data.flip_normals()
+
+
+def enter_edit_mode(cone) -> None:
+    bpy.context.view_layer.objects.active = cone
+    bpy.ops.object.mode_set(mode="EDIT")
+
+
+def delete(cone) -> None:
+    bpy.data.objects.remove(cone)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (add_vertex, "topology_changed"),
+        (turn_faces, "topology_changed"),
+        (enter_edit_mode, "in_edit_mode"),
+        (delete, "object_missing"),
+    ],
+)
+def test_changed_meanwhile(kit, cone, change, code) -> None:
+    other = kit.make_cone("Other")
+    seen = capture.snapshot([other, cone])
+    change(cone)
+    before = kit.everything()
+    with pytest.raises(InputError) as caught:
+        apply.shape_keys(seen, kit.wave(seen.vertices))
+    assert caught.value.code == code and "'Cone'" in caught.value.message and caught.value.action
+    assert kit.everything() == before  # the other object neither
+
+
+@pytest.mark.parametrize("vertices", [np.zeros((4, 5, 3)), np.zeros((26, 3)), np.full((4, 13, 3), np.nan)])
+def test_bad_results(kit, cone, vertices) -> None:
+    seen, before = capture.snapshot([cone]), kit.everything()
+    with pytest.raises(ServerError) as caught:
+        apply.shape_keys(seen, Result({}, {"vertices": vertices.astype(np.float32)}))
+    assert caught.value.code == "bad_result" and kit.everything() == before
+
+
+def test_large_mesh(kit) -> None:
+    grid = kit.make_grid(300)
+    seen = capture.snapshot([grid])
+    result = kit.wave(seen.vertices, 16)
+    apply.shape_keys(seen, result)
+    assert_moves_as(kit, seen, result, [grid])

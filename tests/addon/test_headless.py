@@ -1,0 +1,333 @@
+"""The client without a window, in a process of its own, against a real server with a tiny work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bpy
+import numpy as np
+import pytest
+from PIL import Image
+from track4d_addon import capture, image_sequences, scene_io
+from track4d_protocol.client import Client
+from track4d_protocol.errors import InputError
+from track4d_protocol.keys import read_connection
+from track4d_protocol.space import canonical_similarity, intrinsics, orbit_viewmats
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home with a server whose work is `film_work`."""
+    home = tmp_path_factory.mktemp("home")
+    code = (
+        f"import pathlib; from track4d.service import serve; serve(pathlib.Path({str(home)!r}), work='film_work:run')"
+    )
+    with open(home / "test.log", "wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(HERE)}
+        )
+    for _ in range(300):
+        if (home / "connection.json").exists():
+            break
+        time.sleep(0.1)
+    yield home
+    server.terminate()
+    server.wait(20)
+
+
+def client(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "track4d_addon.headless", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, list[dict]]:
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err, err[-3000:]
+    return process.returncode, [json.loads(line) for line in out.splitlines()]
+
+
+def test_a_file_becomes_files(kit, asset, home, tmp_path) -> None:
+    out = {name: tmp_path / name for name in ("fox.glb", "fox.blend", "fox.webp", "sheet.png", "report.json")}
+    code, lines = finish(
+        client(
+            "animate",
+            asset("fox.glb"),
+            "--prompt",
+            "the fox is running",
+            "--seed",
+            5,
+            "--frames",
+            8,
+            "--front",
+            "-Y",
+            "--home",
+            home,
+            "--out",
+            out["fox.glb"],
+            "--out",
+            out["fox.blend"],
+            "--preview",
+            out["fox.webp"],
+            "--sheet",
+            out["sheet.png"],
+            "--report",
+            out["report.json"],
+        )
+    )
+    assert code == 0, lines[-1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(out)
+    stages = list(dict.fromkeys(line["stage"] for line in lines if "stage" in line))
+    assert [s for s in stages if s != "queued"] == ["load", "capture", "connect", "fit", "export"]
+    assert all(0 <= line["step"] <= line["total"] or not line["total"] for line in lines if "stage" in line)
+    assert [line["warning"]["code"] for line in lines if "warning" in line] == ["rest_pose_used", "tiny_work"]
+    assert lines[-1]["done"]["files"] == [str(path) for path in out.values()]
+
+    report = json.loads(out["report.json"].read_text())
+    assert report["prompt"] == "the fox is running" and report["seed"] == 5 and report["settings"]["file"] == "fox.glb"
+    assert {"load", "capture", "submit", "wait", "apply", "export"} <= set(report["client_seconds"])
+    assert report["client_versions"]["bpy"] == bpy.app.version_string
+    assert [w["code"] for w in report["warnings"]] == ["rest_pose_used", "tiny_work"]
+    assert report["arrived"]["views"] == [4, 256, 256, 4]
+    with Image.open(out["fox.webp"]) as preview, Image.open(out["sheet.png"]) as sheet:
+        assert preview.size == (96, 96) and preview.n_frames == 8
+        assert sheet.width % 48 == 0 and sheet.height > 4 * 48
+
+    ((still,), _), seen = scene_io.load(asset("fox.glb")), None
+    seen = capture.snapshot([still])
+    size = np.ptp(seen.vertices, axis=0)
+    bpy.ops.wm.open_mainfile(filepath=str(out["fox.blend"]))
+    (fox,) = [obj for obj in bpy.context.scene.objects if obj.type == "MESH"]
+    assert (bpy.context.scene.frame_start, bpy.context.scene.frame_end) == (1, 8)
+    for frame in range(8):
+        lift = 0.2 * np.sin(2 * np.pi * frame / 7) * (1 + seen.vertices[:, 0])
+        moved = kit.world_positions([fox], frame + 1) - kit.to_world(seen, seen.vertices)
+        assert np.abs(moved[:, 2] - lift).max() < 1e-4 * size.max() and np.abs(moved[:, :2]).max() < 1e-4 * size.max()
+    with Client(read_connection(home / "connection.json")) as server:
+        assert server.jobs() == []  # written, so no longer kept
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_stops_the_job_and_writes_nothing(asset, home, tmp_path, number) -> None:
+    process = client(
+        "animate",
+        asset("static_spot.glb"),
+        "--prompt",
+        "slowly",
+        "--home",
+        home,
+        "--out",
+        tmp_path / "a.glb",
+        "--report",
+        tmp_path / "r.json",
+    )
+    for line in process.stdout:
+        if json.loads(line).get("stage") == "fit":
+            break
+    process.send_signal(number)
+    code, lines = finish(process)
+    assert code == 2 and lines[-1]["error"]["code"] == "cancelled" and list(tmp_path.iterdir()) == []
+    with Client(read_connection(home / "connection.json")) as server:
+        (job,) = server.jobs()
+        assert job.state.value == "cancelled"
+        server.forget(job.id)
+
+
+def test_stopping_during_the_capture(asset, home, tmp_path) -> None:
+    process = client("animate", asset("static_spot.glb"), "--prompt", "x", "--home", home, "--out", tmp_path / "a.glb")
+    for line in process.stdout:
+        if json.loads(line).get("stage") == "capture":
+            break
+    process.send_signal(signal.SIGINT)
+    code, lines = finish(process)
+    assert code == 2 and lines[-1]["error"]["code"] == "cancelled" and list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_fails(asset, home, tmp_path) -> None:
+    code, lines = finish(
+        client(
+            "animate",
+            asset("static_spot.glb"),
+            "--prompt",
+            "it fails",
+            "--home",
+            home,
+            "--out",
+            tmp_path / "a.glb",
+            "--quiet",
+        )
+    )
+    assert code == 2 and lines[-1]["error"]["kind"] == "ServerError" and lines[-1]["error"]["action"]
+    assert list(tmp_path.iterdir()) == [] and not any("stage" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["animate", "absent.glb", "--prompt", "x", "--out", "a.glb"], "missing_file"),
+        (["animate", "here.obj", "--prompt", "x", "--out", "a.stl"], "unsupported_format"),
+        (["animate", "here.obj", "--prompt", "x", "--out", "no/such/a.glb"], "missing_folder"),
+        (["animate", "here.obj", "--prompt", "x", "--out", "a.glb", "--preview", "a.gif"], "unsupported_format"),
+        (["animate", "here.obj", "--out", "a.glb"], "bad_arguments"),
+        (["paint"], "bad_arguments"),
+        (["animate", "here.obj", "--prompt", "x", "--out", "a.glb", "--front", "up"], "bad_arguments"),
+        (["animate", "here.obj", "--prompt", "x", "--out", "a.glb", "--frames", "many"], "bad_arguments"),
+    ],
+)
+def test_mistakes_are_told_at_once(tmp_path, monkeypatch, arguments, code) -> None:
+    """Before a server is started or Blender is loaded."""
+    monkeypatch.chdir(tmp_path)
+    Path("here.obj").write_text("v 0 0 0\n")
+    returned, lines = finish(client(*arguments, *(["--home", tmp_path / "home"] if len(arguments) > 1 else [])))
+    assert returned == 2 and lines[-1]["error"]["code"] == code and lines[-1]["error"]["action"]
+    assert [p.name for p in tmp_path.iterdir()] == ["here.obj"]
+
+
+def test_a_prompt_that_is_empty(asset, home, tmp_path) -> None:
+    code, lines = finish(
+        client("animate", asset("static_spot.glb"), "--prompt", " ", "--home", home, "--out", tmp_path / "a.glb")
+    )
+    assert code == 2 and lines[-1]["error"]["code"] == "empty_prompt"
+
+
+# Videos
+
+
+def write_views(folder: Path, views: int = 4, frames: int = 3, size: int = 32, mode: str = "RGB") -> None:
+    """Pictures whose colour tells view and frame."""
+    for view in range(views):
+        (folder / f"view_{view}").mkdir(parents=True)
+        for frame in range(frames):
+            color = (50 * view, 80 * frame, 7, 128)[: len(mode)]
+            Image.new(mode, (size, size), color).save(folder / f"view_{view}" / f"{frame:04d}.png")
+
+
+def test_a_video_moves_the_mesh(asset, home, tmp_path) -> None:
+    write_views(tmp_path / "video")
+    code, lines = finish(
+        client(
+            "fit",
+            asset("static_spot.glb"),
+            "--video",
+            tmp_path / "video",
+            "--home",
+            home,
+            "--out",
+            tmp_path / "a.glb",
+            "--report",
+            tmp_path / "r.json",
+        )
+    )
+    assert code == 0, lines[-1]
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["arrived"]["video"] == [4, 3, 32, 32, 3] and "views" not in report["arrived"]
+    assert report["first_pixels"] == [[[50 * v, 80 * f, 7] for f in range(3)] for v in range(4)]
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("RGBA", 4)])
+def test_pictures_come_back_as_they_are(tmp_path, mode, channels) -> None:
+    write_views(tmp_path, views=2, frames=2, mode=mode)
+    video = image_sequences.read_views(tmp_path)
+    assert video.shape == (2, 2, 32, 32, channels) and video[1, 1, 5, 5].tolist() == [50, 80, 7, 128][:channels]
+    assert not bpy.data.images
+
+
+def test_pictures_are_the_right_way_up(tmp_path) -> None:
+    (tmp_path / "view_0").mkdir()
+    picture = np.zeros((16, 24, 3), np.uint8)
+    picture[0], picture[:, 0] = (255, 0, 0), (0, 255, 0)
+    Image.fromarray(picture).save(tmp_path / "view_0" / "a.png")
+    np.testing.assert_array_equal(image_sequences.read_views(tmp_path)[0, 0], picture)
+
+
+def test_films(tmp_path) -> None:
+    av = pytest.importorskip("av", reason="PyAV isn't installed")
+    for view in range(2):
+        with av.open(str(tmp_path / f"view_{view}.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=24)
+            stream.width = stream.height = 32
+            for frame in range(4):
+                picture = np.full((32, 32, 3), 60 * frame, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    video = image_sequences.read_views(tmp_path)
+    assert video.shape == (2, 4, 32, 32, 3) and np.abs(video[0, :, 16, 16, 0] - np.arange(4) * 60.0).max() < 8
+
+
+def test_cameras_of_both_spaces_are_the_same(kit, tmp_path) -> None:
+    cone = kit.make_cone()
+    cone.location, cone.rotation_euler = (5, 6, 7), (0.1, 0.2, 2.0)
+    seen = capture.snapshot([cone])
+    similarity = canonical_similarity(seen.vertices)
+    in_capture = similarity.viewmats_to_world(orbit_viewmats())
+    in_world = in_capture @ np.linalg.inv(seen.to_world)
+    for space, viewmats in (("canonical", orbit_viewmats()), ("world", in_world)):
+        (tmp_path / "cameras.json").write_text(
+            json.dumps({"viewmats": viewmats.tolist(), "Ks": intrinsics(32, 4).tolist(), "space": space})
+        )
+        found, Ks, named = image_sequences.read_cameras(tmp_path, 4, 32, 32)
+        assert named == space and Ks.shape == (4, 3, 3)
+        found = found @ seen.to_world if space == "world" else similarity.viewmats_to_world(found)
+        np.testing.assert_allclose(found, in_capture, atol=1e-4)
+
+
+def cameras(**changes) -> str:
+    return json.dumps({"viewmats": orbit_viewmats().tolist(), "Ks": intrinsics(32, 4).tolist()} | changes)
+
+
+def lose_a_picture(folder: Path) -> None:
+    (folder / "view_1" / "0002.png").unlink()
+
+
+def lose_a_view(folder: Path) -> None:
+    (folder / "view_1").rename(folder / "view_7")
+
+
+def empty_a_view(folder: Path) -> None:
+    for file in (folder / "view_1").iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (lambda folder: (folder / "view_1" / "0001.png").write_bytes(b"not a picture"), "unreadable_file"),
+        (lambda folder: Image.new("RGB", (8, 8)).save(folder / "view_1" / "0001.png"), "sizes_differ"),
+        (lose_a_picture, "sizes_differ"),
+        (lose_a_view, "no_views"),
+        (empty_a_view, "no_views"),
+        (lambda folder: (folder / "cameras.json").write_text("{"), "bad_cameras"),
+        (lambda folder: (folder / "cameras.json").write_text("[]"), "bad_cameras"),
+        (lambda folder: (folder / "cameras.json").write_text(cameras(Ks=[])), "bad_cameras"),
+        (lambda folder: (folder / "cameras.json").write_text(cameras(space="mars")), "bad_cameras"),
+        (
+            lambda folder: (folder / "cameras.json").write_text(
+                cameras(viewmats=[[[2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 3], [0, 0, 0, 1]]] * 4)
+            ),
+            "bad_cameras",
+        ),
+        (lambda folder: write_views(folder / "deeper"), None),
+    ],
+)
+def test_videos_that_can_not_be_used(tmp_path, spoil, code) -> None:
+    write_views(tmp_path)
+    spoil(tmp_path)
+    try:
+        video = image_sequences.read_views(tmp_path)
+        image_sequences.read_cameras(tmp_path, len(video), 32, 32)
+        found = None
+    except InputError as error:
+        found = error.code
+        assert error.action
+    assert found == code and not bpy.data.images
+
+
+def test_without_cameras_the_views_must_be_the_orbit(tmp_path) -> None:
+    with pytest.raises(InputError) as caught:
+        image_sequences.read_cameras(tmp_path, 3, 32, 32)
+    assert caught.value.code == "missing_cameras"
