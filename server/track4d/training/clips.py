@@ -1,0 +1,149 @@
+"""Real animated meshes in the training: what `tools/extract_clips.py` wrote, phase-aligned and repainted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..video.text import SPEEDS, VERB_NAMES
+from .objects import ProceduralObject, light, paint
+from .verbs import Action, animate, draw_action, draw_prompt
+
+# Cycles of the dominant rhythm in a 16-frame clip at speed 1: those of the procedural verbs, so that both agree.
+_RHYTHM = {"walk": 1.0, "run": 2.0, "fly": 2.0, "swim": 1.5, "nod": 2.0, "wave": 2.0, "bounce": 2.0}
+_WHOLE_BODY = ("bounce", "squash and stretch", "spin", "shake", "sway", "twist", "bend left", "bend right", "pulse")
+_FAR = 0.35  # mean distance from the rest pose, canonical, beyond which a clip starts in its own pose
+_TURNED = math.radians(40)  # about the vertical, likewise
+_POSED_SHARE = 0.3  # of samples start in a pose of the clip rather than in the rest pose
+
+
+@dataclass
+class Clip:
+    """One motion of a mesh.
+
+    Attributes:
+        verb: index into `VERBS`.
+        poses: [P, N, 3] canonical; one loop, or the whole length.
+        loops: whether the last pose leads to the first.
+        start: phase, in 0..1, that follows naturally from the rest pose.
+        rate: loops in a 16-frame video at speed 1.
+        posed: the rest pose is no start for it (it lies in another place, or faces another way).
+    """
+
+    verb: int
+    poses: np.ndarray
+    loops: bool
+    start: float
+    rate: float
+    posed: bool
+
+    def at(self, phases: np.ndarray) -> np.ndarray:
+        """Poses [F, N, 3] at phases [F], linearly between the stored ones."""
+        count = len(self.poses)
+        place = np.mod(phases, 1.0) * count if self.loops else np.clip(phases, 0, 1) * (count - 1)
+        low = np.floor(place).astype(int)
+        high = (low + 1) % count if self.loops else np.minimum(low + 1, count - 1)
+        share = (place - low).astype(np.float32)[:, None, None]
+        return self.poses[low % count] * (1 - share) + self.poses[high] * share
+
+
+@dataclass
+class ClipObject:
+    """A real mesh at rest, and its clips."""
+
+    noun: str
+    rest: np.ndarray
+    faces: np.ndarray
+    clips: list[Clip]
+
+
+def _rhythm(poses: np.ndarray) -> int:
+    """The strongest of the first three harmonics of the motion."""
+    spectrum = np.abs(np.fft.rfft(poses - poses.mean(0), axis=0)[1:4])
+    return int((spectrum**2).sum((1, 2)).argmax()) + 1
+
+
+def _start(verb: str, rest: np.ndarray, poses: np.ndarray, harmonic: int) -> float:
+    """The phase at which, as in the procedural verbs, the left front foot starts forwards or the wings upwards."""
+    if verb in ("walk", "run"):
+        low = rest[:, 2] < np.median(rest[:, 2])
+        front = low & (rest[:, 0] >= np.median(rest[low, 0]))
+        left, right = front & (rest[:, 1] > 0.02), front & (rest[:, 1] < -0.02)
+        if not left.any() or not right.any():
+            return 0.0
+        signal = poses[:, left, 0].mean(1) - poses[:, right, 0].mean(1)
+    elif verb == "fly":
+        signal = poses[:, np.abs(rest[:, 1]) > 0.6 * np.abs(rest[:, 1]).max(), 2].mean(1)
+    else:
+        return float(((poses - rest) ** 2).sum((1, 2)).argmin()) / len(poses)
+    phase = np.angle(np.fft.rfft(signal)[harmonic])  # cos(2 pi h t + phase); a sine starts where that is -pi / 2
+    return float(np.mod(-math.pi / 2 - phase, 2 * math.pi) / (2 * math.pi * harmonic))
+
+
+def _turn(rest: np.ndarray, pose: np.ndarray) -> float:
+    """The angle about the vertical that best takes [N, 3] to [N, 3]; radians, not signed."""
+    a, b = rest[:, :2] - rest[:, :2].mean(0), pose[:, :2] - pose[:, :2].mean(0)
+    h = a.T @ b
+    return abs(math.atan2(h[0, 1] - h[1, 0], h[0, 0] + h[1, 1]))
+
+
+def load_clips(folder: Path) -> list[ClipObject]:
+    """Every .npz of a folder, in the order of their names."""
+    found = []
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as data:
+            rest, clips = data["rest"], []
+            for verb, poses, loops in zip(data["verbs"], data["clips"].astype(np.float32), data["loops"]):
+                verb = str(verb)
+                harmonic = _rhythm(poses) if loops and verb in _RHYTHM else 1
+                start = _start(verb, rest, poses, harmonic) if loops and verb != "jump" else 0.0
+                posed = (
+                    float(np.linalg.norm(poses[0] - rest, axis=1).mean()) > _FAR or _turn(rest, poses.mean(0)) > _TURNED
+                )
+                clips.append(
+                    Clip(VERB_NAMES.index(verb), poses, bool(loops), start, _RHYTHM.get(verb, 1.0) / harmonic, posed)
+                )
+            found.append(ClipObject(str(data["noun"]), rest, data["faces"], clips))
+    return found
+
+
+def _canonical(trajectory: np.ndarray) -> np.ndarray:
+    """Centres and scales [F, N, 3] by its first frame."""
+    low, high = trajectory[0].min(0), trajectory[0].max(0)
+    centred = trajectory - (low + high) / 2
+    return centred / np.linalg.norm(centred[0], axis=1).max()
+
+
+def draw_clip(rng: np.random.Generator, thing: ClipObject, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """A motion of a real mesh.
+
+    Args:
+        times: [F], 0 to 1.
+
+    Returns:
+        trajectory [F, N, 3] float32 from the pose of the pictures on, colours [N, 3], and a sentence.
+    """
+    stretch = rng.uniform(0.9, 1.12, 3).astype(np.float32)
+    if rng.random() < 0.2:  # a motion of the whole body needs no limbs
+        rest = _canonical((thing.rest * stretch)[None])[0].astype(np.float32)
+        action, size, pace = draw_action(rng, VERB_NAMES.index(str(rng.choice(_WHOLE_BODY))))
+        trajectory = animate(ProceduralObject("blob", rest, thing.faces, rest, []), action, times)
+    else:
+        clip = thing.clips[int(rng.integers(len(thing.clips)))]
+        size, pace = "", str(rng.choice(list(SPEEDS), p=[0.15, 0.7, 0.15]))
+        action = Action(clip.verb, 1.0, SPEEDS[pace] * float(rng.uniform(0.96, 1.04)))
+        posed = clip.posed or rng.random() < _POSED_SHARE
+        start = float(rng.random()) if posed and clip.loops else clip.start
+        trajectory = clip.at(start + times * (15 / 16 * action.speed * clip.rate)) * stretch
+        if not posed:  # from the rest pose into the motion within three frames
+            x = np.clip(times * 15 / 2.5, 0, 1).astype(np.float32)[:, None, None]
+            trajectory = thing.rest * stretch + x * x * (3 - 2 * x) * (trajectory - thing.rest * stretch)
+        trajectory = _canonical(trajectory).astype(np.float32)
+    rest = trajectory[0]
+    palette, places = rng.random((4, 3)) * 0.85 + 0.12, rng.uniform(-0.8, 0.8, (4, 3))
+    tints = palette[((rest[:, None] - places) ** 2).sum(-1).argmin(1)]
+    colors = np.clip(paint(rest, tints, rng) * light(rest, thing.faces, rng), 0, 1)
+    return trajectory, colors.astype(np.float32), draw_prompt(rng, [thing.noun], action.verb, size, pace)

@@ -1,0 +1,111 @@
+"""Training samples: a random object, what it does, and what the four cameras of the capture see of it.
+
+Only the rest pose is drawn. The motion of a pixel is the barycentric mix of its triangle's vertex trajectories,
+already in coefficients over time: the displacement latent without drawing a single moving frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from track4d_protocol import space
+
+from ..video.diffusion import BASIS_FRAMES, LATENT_SCALE, frame_times, temporal_basis
+from ..video.maps import GRID, condition, surface_maps
+from ..video.text import tokenise
+from .clips import ClipObject, draw_clip
+from .objects import ProceduralObject, make_object
+from .verbs import NOUNS, Action, animate, draw_action, draw_prompt
+
+REAL_SHARE = 0.3
+ACTIONS_PER_OBJECT = 4  # making and drawing an object costs more than moving it
+_BASIS = temporal_basis(frame_times(BASIS_FRAMES)).numpy()  # [16, K]
+VIEWMATS = space.orbit_viewmats()
+KS = space.intrinsics(GRID, len(VIEWMATS))
+
+
+@dataclass
+class Batch:
+    """Samples for one training step.
+
+    Attributes:
+        latent: [B, V, 3 K, R, R]; condition: [B, V, 8, R, R]; mask: [B, V, 1, R, R]; tokens: [B, MAX_TOKENS] int64.
+    """
+
+    latent: Tensor
+    condition: Tensor
+    mask: Tensor
+    tokens: Tensor
+
+
+def motion_coefficients(trajectories: np.ndarray) -> np.ndarray:
+    """Trajectories [16, N, 3], rest first, to coefficients [N, K * 3] (coefficient-major)."""
+    displacement = trajectories - trajectories[:1]
+    return np.tensordot(_BASIS, displacement, (0, 0)).transpose(1, 0, 2).reshape(displacement.shape[1], -1)
+
+
+def encode(
+    vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray, trajectories: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Several motions of one object as the network sees them.
+
+    Args:
+        vertices: [N, 3]; faces: [T, 3]; colors: [N, 3] sRGB 0..1.
+        trajectories: A motions, each [16, N, 3] from the rest pose.
+
+    Returns:
+        latents [A, V, 3 K, R, R]; condition [V, 8, R, R]; mask [V, 1, R, R].
+    """
+    values = np.concatenate([colors, vertices, *map(motion_coefficients, trajectories)], 1)
+    maps, coverage = surface_maps(vertices, faces, values, VIEWMATS, KS, GRID)
+    rgba = np.concatenate([maps[..., :3], np.ones_like(maps[..., :1])], -1) * coverage[..., None]
+    latents = maps[..., 6:].reshape(*maps.shape[:3], len(trajectories), -1).transpose(3, 0, 4, 1, 2) * LATENT_SCALE
+    return latents, condition(rgba, maps[..., 3:6], coverage), (coverage > 0)[:, None].astype(np.float32)
+
+
+def _prompted_actions(rng: np.random.Generator, thing: ProceduralObject) -> list[tuple[Action, str]]:
+    drawn = [draw_action(rng) for _ in range(ACTIONS_PER_OBJECT)]
+    return [(action, draw_prompt(rng, NOUNS[thing.plan], action.verb, size, pace)) for action, size, pace in drawn]
+
+
+def make_batch(seed: int, step: int, size: int, real: list[ClipObject] | None = None) -> Batch:
+    """The batch of one training step: a function of its arguments alone, so a resumed training sees the same data.
+
+    Args:
+        size: a multiple of `ACTIONS_PER_OBJECT`.
+        real: real animated meshes, for `REAL_SHARE` of the samples.
+    """
+    rng = np.random.default_rng([seed, step])
+    times = frame_times(BASIS_FRAMES).numpy()
+    latents, conditions, masks = [], [], []
+    tokens: list[list[int]] = []
+
+    def add(
+        vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray, motions: list[np.ndarray], prompts: list[str]
+    ) -> None:
+        latent, seen, mask = encode(vertices, faces, colors, motions)
+        latents.append(latent)
+        conditions.extend([seen] * len(motions))
+        masks.extend([mask] * len(motions))
+        tokens.extend(tokenise(prompt) for prompt in prompts)
+
+    for _ in range(size // ACTIONS_PER_OBJECT):
+        if real and rng.random() < REAL_SHARE:
+            for _ in range(ACTIONS_PER_OBJECT):
+                mesh = real[int(rng.integers(len(real)))]
+                trajectory, colors, prompt = draw_clip(rng, mesh, times)
+                add(trajectory[0], mesh.faces, colors, [trajectory], [prompt])
+        else:
+            thing = make_object(rng)
+            actions = _prompted_actions(rng, thing)
+            motions = [animate(thing, action, times) for action, _ in actions]
+            add(thing.vertices, thing.faces, thing.colors, motions, [prompt for _, prompt in actions])
+    return Batch(
+        torch.from_numpy(np.concatenate(latents)),
+        torch.from_numpy(np.stack(conditions)),
+        torch.from_numpy(np.stack(masks)),
+        torch.tensor(tokens),
+    )

@@ -1,0 +1,193 @@
+"""Training of the motion generator: `train`, resumable, and the same bits for the same seed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..progress import Report, silent
+from ..video.diffusion import add_noise, loss_weight
+from ..video.motion_unet import MotionUNet, UNetConfig
+from .clips import load_clips
+from .data import Batch, make_batch
+from .muon import Muon
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 100  # steps
+# Of all steps, at the end; the rate is constant before, so that their number may be changed on the way.
+DECAY_SHARE = 0.35
+TEXT_DROP = 0.1  # share of samples without their sentence, for classifier-free guidance (Ho and Salimans 2022)
+SAVE_EVERY = 250  # steps
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What determines the weights, together with this package's version.
+
+    Attributes:
+        steps: in all, earlier ones of a resumed training included.
+        batch: samples a step, a multiple of 4.
+        seed: of the weights, the data and the noise.
+        learning_rate: of AdamW in the constant phase.
+        muon_rate: of Muon in the constant phase.
+    """
+
+    steps: int = 12000
+    batch: int = 16
+    seed: int = 0
+    learning_rate: float = 1e-3
+    muon_rate: float = 0.02
+
+
+def rate(settings: TrainingSettings, step: int) -> float:
+    """Warm-up, constant, cosine decay to a hundredth; a factor on the learning rates."""
+    start = (1 - DECAY_SHARE) * settings.steps
+    done = min(max((step - start) / max(settings.steps - start, 1), 0), 1)
+    return min(1, (step + 1) / WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizers(network: MotionUNet, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of hidden layers, AdamW for the rest; a group's `base` is its rate in the constant phase."""
+    outer = ("latent_in", "condition_in", "out.", "text.", "view")
+    hidden: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, parameter in network.named_parameters():
+        (hidden if parameter.ndim >= 2 and not name.startswith(outer) else rest).append(parameter)
+    return [
+        Muon([{"params": hidden, "base": settings.muon_rate}]),
+        torch.optim.AdamW([{"params": rest, "base": settings.learning_rate}], weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+
+
+def diffusion_loss(network: MotionUNet, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The weighted loss to minimise, and the plain squared error of the predicted latent where the object is."""
+    size = len(batch.latent)
+    noise_level = torch.rand(size, generator=generator)
+    noise = torch.randn(batch.latent.shape, generator=generator)
+    drop = torch.rand(size, generator=generator) < TEXT_DROP
+    noisy = add_noise(batch.latent, noise, noise_level)
+    with torch.autocast("cpu", torch.bfloat16):
+        clean = network(noisy, batch.condition, noise_level, batch.tokens, drop)
+    error = (clean.float() - batch.latent) ** 2
+    weight = loss_weight(noise_level)[:, None, None, None, None] * (2 * batch.mask + 0.05)
+    seen = (error.detach() * batch.mask).sum() / (batch.mask.sum() * error.shape[2])
+    return (error * weight).mean(), seen
+
+
+def _write(path: Path, write) -> None:
+    temporary = path.with_name(path.name + ".new")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_weights(path: Path, average: dict[str, Tensor], config: UNetConfig, trained: dict) -> None:
+    """Half-precision weights with their configuration and history in the header."""
+    tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in average.items()}
+    _write(
+        path,
+        lambda new: save_file(tensors, new, {"config": json.dumps(config.to_dict()), "trained": json.dumps(trained)}),
+    )
+
+
+def train(
+    out: Path,
+    settings: TrainingSettings = TrainingSettings(),
+    resume: bool = False,
+    clips: Path | None = None,
+    config: UNetConfig | None = None,
+    report: Report = silent,
+) -> Path:
+    """Trains the generator on procedural objects, and on real clips where there are some.
+
+    Every step draws its data and noise from (seed, step), so that a training that was stopped, by `report` raising
+    or by Ctrl-C, and resumed ends with the same weights bit by bit as one that was not (same machine, same number of
+    threads).
+
+    Args:
+        out: folder for `checkpoint.pt`, `log.jsonl` and `motion.safetensors`; made when absent.
+        resume: goes on from `out/checkpoint.pt` where there is one.
+        clips: folder of real clips, written by `tools/extract_clips.py`.
+        report: called once a step with stage "train".
+
+    Returns:
+        the path of the weights (the exponential moving average).
+    """
+    config = config or UNetConfig()
+    real = load_clips(clips) if clips is not None else []
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    network = MotionUNet(config)
+    average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizers = make_optimizers(network, settings)
+    step, checkpoint, weights = 0, out / "checkpoint.pt", out / "motion.safetensors"
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        network.load_state_dict(state["network"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        average, step = state["average"], state["step"]
+        log.info("resumed at step %d", step)
+
+    def save() -> None:
+        state = {
+            "network": network.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "average": average,
+            "step": step,
+        }
+        _write(checkpoint, lambda new: torch.save(state, new))
+        save_weights(weights, average, config, asdict(settings) | {"step": step, "real_meshes": len(real)})
+
+    losses: list[tuple[float, float]] = []
+    try:
+        while step < settings.steps:
+            report("train", step, settings.steps)
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+            loss, seen = diffusion_loss(network, make_batch(settings.seed, step, settings.batch, real), generator)
+            network.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base"] * rate(settings, step)
+                optimizer.step()
+            keep = min(0.999, (step + 1) / (step + 10))
+            for name, tensor in network.state_dict().items():
+                average[name].lerp_(tensor, 1 - keep)
+            step += 1
+            losses.append((loss.item(), seen.item()))
+            if step % 100 == 0 or step == settings.steps:
+                _append(out / "log.jsonl", step, losses)
+                losses = []
+            if step % SAVE_EVERY == 0:
+                save()
+    finally:
+        save()
+    return weights
+
+
+def _append(path: Path, step: int, losses: list[tuple[float, float]]) -> None:
+    loss, seen = np.mean(losses, 0)
+    with path.open("a") as file:
+        file.write(
+            json.dumps(
+                {
+                    "step": step,
+                    "loss": round(float(loss), 5),
+                    "error": round(float(seen), 5),
+                    "cpu_seconds": round(time.process_time()),
+                }
+            )
+            + "\n"
+        )

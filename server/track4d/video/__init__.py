@@ -1,0 +1,1 @@
+"""Stage One: from pictures of the object and a sentence to its motion, seen from four sides."""

@@ -1,0 +1,262 @@
+"""The motion generator: pictures of a mesh and a sentence in, the mesh's motion and its multi-view video out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from scipy.spatial import cKDTree
+from track4d_protocol.errors import InputError
+
+from ..geometry import zbuffer
+from ..geometry.mesh import Mesh, weld
+from ..progress import Report, silent
+from . import text
+from .diffusion import COEFFICIENTS, LATENT_SCALE, frame_times, sample, temporal_basis
+from .maps import GRID, condition, shrink, surface_maps
+from .motion_unet import MotionUNet, UNetConfig
+
+WEIGHTS = Path(__file__).parent / "weights" / "motion.safetensors"
+GUIDANCE = 1.0  # classifier-free guidance; 1 is without, and half as much work
+STEPS = 25
+
+
+@dataclass
+class GeneratedMotion:
+    """What the generator answers.
+
+    Attributes:
+        displacement: [V, F, R, R, 3] float32, from the rest pose, canonical, of what each pixel of the static views
+            sees.
+        mask: [V, R, R] bool, pixels that see the object.
+        tracks: [F, N, 3] float32 vertex positions, canonical; frame 0 is the rest pose; vertices in one place stay
+            together.
+        confidence: [N] float32 in 0..1; 0 where no view sees the vertex.
+    """
+
+    displacement: np.ndarray
+    mask: np.ndarray
+    tracks: np.ndarray
+    confidence: np.ndarray
+
+
+class MotionGenerator:
+    """The shipped text-conditioned multi-view motion diffusion model.
+
+    Load once, generate often; not for several threads at once.
+    """
+
+    def __init__(self, network: MotionUNet) -> None:
+        self.network = network.eval()
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> MotionGenerator:
+        """Reads weights written by `track4d train motion`; the shipped ones by default.
+
+        Raises:
+            InputError: the file is absent, damaged, or was trained by an incompatible version.
+        """
+        path = WEIGHTS if path is None else Path(path)
+        action = "Install Track4D again, or train anew with `track4d train motion`."
+        try:
+            with safe_open(path, "pt") as file:
+                config = json.loads((file.metadata() or {})["config"])
+                tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+            network = MotionUNet(UNetConfig(**config | {"channels": tuple(config["channels"])}))
+            if network.config.vocabulary != text.VOCABULARY_SIZE:
+                raise ValueError(f"vocabulary of {network.config.vocabulary}, this version has {text.VOCABULARY_SIZE}")
+            network.load_state_dict(tensors)
+        except FileNotFoundError:
+            raise InputError("weights_missing", f"The generator's weights {path} are not there.", action) from None
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                "bad_weights", f"The generator's weights {path} can't be read: {error}.", action
+            ) from error
+        return cls(network)
+
+    @staticmethod
+    def known_verbs() -> list[str]:
+        """The motions it has learnt."""
+        return text.known_verbs()
+
+    @staticmethod
+    def known_words() -> list[str]:
+        """Every word with a meaning of its own."""
+        return text.known_words()
+
+    @staticmethod
+    def unknown_words(prompt: str) -> list[str]:
+        """Words that should describe the motion but mean nothing to it."""
+        return text.unknown_words(prompt)
+
+    def generate(
+        self,
+        mesh: Mesh,
+        views: np.ndarray,
+        viewmats: np.ndarray,
+        Ks: np.ndarray,
+        prompt: str,
+        frames: int = 16,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
+        seed: int = 0,
+        report: Report = silent,
+    ) -> GeneratedMotion:
+        """Makes up a motion; the same seed gives the same one.
+
+        Args:
+            mesh: at rest, canonical space.
+            views: [V, H, W, 4] uint8 sRGB, straight alpha; the four views of `space.orbit_viewmats`, V = 4.
+            viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of the pictures.
+            prompt: a sentence; empty for a motion of the model's own choice.
+            frames: of the video, at least 2; the motion takes the same span of time whatever their number.
+            steps: of the sampler.
+            guidance: classifier-free guidance scale.
+            seed: of the noise.
+            report: stage "generate", once before each step and once at the end; may raise `Cancelled`.
+        """
+        maps, coverage = surface_maps(
+            mesh.vertices,
+            mesh.faces,
+            mesh.vertices,
+            viewmats,
+            zbuffer.scale_intrinsics(Ks, GRID / views.shape[1]),
+            GRID,
+        )
+        seen = condition(shrink(views, GRID), maps, coverage)  # [V, 8, R, R]
+        noise = torch.randn(
+            1, len(views), self.network.config.latent, GRID, GRID, generator=torch.Generator().manual_seed(seed)
+        )
+        latent = self.denoise(
+            torch.from_numpy(seen)[None],
+            torch.tensor([text.tokenise(prompt)]),
+            noise,
+            steps,
+            guidance,
+            lambda step: report("generate", step, steps),
+        )
+        report("generate", steps, steps)
+        coefficients = latent[0].numpy().reshape(len(views), COEFFICIENTS, 3, GRID, GRID) / LATENT_SCALE
+        mask = coverage > 0
+        coefficients *= mask[:, None, None]
+        basis = temporal_basis(frame_times(frames)).numpy()  # [F, K]
+        displacement = np.einsum("fk,vkchw->vfhwc", basis, coefficients).astype(np.float32)
+        lifted, confidence = lift(
+            mesh.vertices, coefficients, maps, coverage, viewmats, zbuffer.scale_intrinsics(Ks, GRID / views.shape[1])
+        )
+        tracks = mesh.vertices + np.einsum("fk,nkc->fnc", basis, lifted)
+        return GeneratedMotion(displacement, mask, tracks.astype(np.float32), confidence)
+
+    def denoise(
+        self, seen: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor, steps: int, guidance: float, on_step=None
+    ) -> torch.Tensor:
+        """Latents [B, V, 3 K, R, R] for conditions [B, V, 8, R, R] and sentences [B, MAX_TOKENS]."""
+
+        def clean(latent: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            conditional = self.network(latent, seen, level, tokens)
+            if guidance == 1:
+                return conditional
+            free = self.network(latent, seen, level, tokens, torch.ones(len(latent), dtype=torch.bool))
+            return free + guidance * (conditional - free)
+
+        return sample(clean, noise, steps, on_step)
+
+
+def lift(
+    vertices: np.ndarray,
+    fields: np.ndarray,
+    positions: np.ndarray,
+    coverage: np.ndarray,
+    viewmats: np.ndarray,
+    Ks: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values of picture pixels, brought back to the vertices they show.
+
+    A vertex takes the pixels around its projection whose surface point is the vertex's own place; hidden vertices take
+    the mean of the nearest seen ones.
+
+    Args:
+        vertices: [N, 3] canonical.
+        fields: [V, K, 3, R, R] per pixel.
+        positions: [V, R, R, 3] rest position behind each pixel; coverage: [V, R, R].
+        viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of the fields.
+
+    Returns:
+        [N, K, 3] float32 and the confidence [N] in 0..1.
+    """
+    first, inverse = weld(vertices)
+    places = vertices[first]  # [M, 3]
+    views, count, _, size, _ = fields.shape
+    uv, _ = zbuffer.project(places[None], viewmats, Ks)  # [1, V, M, 2]
+    total = np.zeros((len(places), count * 3), np.float32)
+    weight = np.zeros(len(places), np.float32)
+    for v in range(views):
+        covered = (coverage[v] > 0).astype(np.float32)[..., None]
+        known = fields[v].reshape(-1, size, size).transpose(1, 2, 0)
+        found = _bilinear(np.concatenate([covered, positions[v] * covered, known * covered], -1), uv[0, v])
+        share = found[:, :1]
+        values = found[:, 1:] / np.maximum(share, 1e-3)
+        distance = np.linalg.norm(values[:, :3] - places, axis=1)
+        near = np.where(share[:, 0] > 0.05, np.exp(-((distance / 0.07) ** 2)) * share[:, 0], 0)
+        total += near[:, None] * values[:, 3:]
+        weight += near
+    lifted = total / np.maximum(weight, 1e-9)[:, None]
+    confidence = np.clip(weight, 0, 1)
+    hidden = confidence < 0.1
+    confidence[hidden] = 0
+    if hidden.any():
+        lifted[hidden] = _fill(places, lifted, hidden, fields, positions, coverage)
+    return lifted.reshape(-1, count, 3)[inverse], confidence[inverse].astype(np.float32)
+
+
+def _bilinear(picture: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Values [M, C] of a picture [H, W, C] at pixel positions [M, 2] (x, y; centres at +0.5); 0 outside."""
+    height, width = picture.shape[:2]
+    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)))
+    place = np.clip(pixels + 0.5, 0, (width + 0.999, height + 0.999))
+    corner = np.minimum(place.astype(np.int64), (width, height))
+    (u, v), (x, y) = (place - corner).T[..., None], corner.T
+    upper = padded[y, x] * (1 - u) + padded[y, x + 1] * u
+    lower = padded[y + 1, x] * (1 - u) + padded[y + 1, x + 1] * u
+    return (upper * (1 - v) + lower * v).astype(np.float32)
+
+
+def _fill(
+    places: np.ndarray,
+    lifted: np.ndarray,
+    hidden: np.ndarray,
+    fields: np.ndarray,
+    positions: np.ndarray,
+    coverage: np.ndarray,
+) -> np.ndarray:
+    """Values of hidden places: a Gaussian mean of the nearest known surface points, pixels and seen vertices alike."""
+    pixels = coverage > 0
+    known = np.concatenate([places[~hidden], positions[pixels]])
+    if len(known) == 0:
+        return np.zeros((int(hidden.sum()), lifted.shape[1]), np.float32)
+    values = np.concatenate([lifted[~hidden], fields.transpose(0, 3, 4, 1, 2)[pixels].reshape(-1, lifted.shape[1])])
+    distance, nearest = cKDTree(known).query(places[hidden], k=min(8, len(known)))
+    distance, nearest = distance.reshape(len(distance), -1), nearest.reshape(len(nearest), -1)
+    weights = np.exp(-(distance**2 - distance[:, :1] ** 2) / 0.004)  # the nearest always counts
+    return (values[nearest] * (weights / weights.sum(1, keepdims=True))[..., None]).sum(1)
+
+
+def decode_video(
+    mesh: Mesh, tracks: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, size: int, shading: np.ndarray | None = None
+) -> np.ndarray:
+    """The generated multi-view video: the textured mesh, drawn as its vertices move.
+
+    Args:
+        tracks: [F, N, 3].
+        viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of `size`.
+        shading: [N, 3] factor per vertex on the texture, or None.
+
+    Returns:
+        [V, F, size, size, 4] uint8 sRGB, premultiplied.
+    """
+    pictures = zbuffer.render(mesh, tracks, viewmats, Ks, size, shading=shading)  # [F, V, H, W, 4]
+    return (pictures.clip(0, 1) * 255 + 0.5).astype(np.uint8).swapaxes(0, 1)

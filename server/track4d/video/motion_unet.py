@@ -1,0 +1,190 @@
+"""The multi-view U-Net that denoises motion latents.
+
+A small relative of MV-VDM's (Track4DGen, section 3): the four static views are denoised together, and attention over
+all their tokens at the two coarse levels keeps them consistent. Position comes from the rest-position map alone, so
+that tokens of different views that see the same place know it, and so that no parameter is bound to a resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .diffusion import LATENT_CHANNELS
+from .text import MAX_TOKENS, VOCABULARY_SIZE
+
+CONDITION_CHANNELS = 8  # premultiplied RGBA, rest position, mask
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of the network; stored with its weights."""
+
+    channels: tuple[int, int, int] = (64, 96, 128)
+    embedding: int = 160
+    text_width: int = 64
+    patch: int = 2
+    vocabulary: int = VOCABULARY_SIZE
+    latent: int = LATENT_CHANNELS
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def position_features(position: Tensor, mask: Tensor) -> Tensor:
+    """Rest positions [B, 3, H, W] as smooth codes, 0 outside the mask [B, 1, H, W]; [B, 15, H, W]."""
+    waves = [position * (math.pi * octave) for octave in (1.0, 2.5)]
+    return torch.cat([position, *[f(wave) for wave in waves for f in (torch.sin, torch.cos)]], 1) * mask
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    """Zero parameters: a residual branch that starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, the second modulated by the embedding (FiLM, Perez et al. 2018)."""
+
+    def __init__(self, channels: int, embedding: int) -> None:
+        super().__init__()
+        self.norm_in, self.norm_out = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_out = _zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.modulation = nn.Linear(embedding, 2 * channels)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, 1)
+        h = self.norm_out(self.conv_in(F.silu(self.norm_in(x)))) * (1 + scale) + shift
+        return x + self.conv_out(F.silu(h))
+
+
+class MultiViewAttention(nn.Module):
+    """Self-attention over the tokens of all views of one object, then a feed-forward layer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = channels // 32
+        self.norm, self.norm_feed = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.place = nn.Linear(16, channels)
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), _zero(nn.Linear(channels, channels))
+        self.feed = nn.Sequential(
+            nn.Linear(channels, 2 * channels), nn.GELU(), _zero(nn.Linear(2 * channels, channels))
+        )
+
+    def forward(self, x: Tensor, places: Tensor, views: int) -> Tensor:
+        """x [B * V, C, H, W]; places [B * V, 16, H, W] of the same size."""
+        count, channels, height, width = x.shape
+        tokens = (
+            x.reshape(-1, views, channels, height * width).transpose(2, 3).reshape(-1, views * height * width, channels)
+        )
+        codes = places.reshape(-1, views, 16, height * width).transpose(2, 3).reshape(-1, views * height * width, 16)
+        batch, length, _ = tokens.shape
+        qkv = self.qkv(self.norm(tokens) + self.place(codes)).view(batch, length, 3, self.heads, channels // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, channels)
+        tokens = tokens + self.out(attended)
+        tokens = tokens + self.feed(self.norm_feed(tokens))
+        return (
+            tokens.view(batch, views, height * width, channels).transpose(2, 3).reshape(count, channels, height, width)
+        )
+
+
+class TextEncoder(nn.Module):
+    """Token embeddings, one transformer layer, mean; a learnt vector stands for no sentence."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width, padding_idx=0)
+        self.position = nn.Parameter(torch.randn(MAX_TOKENS, width) * 0.1)
+        self.layer = nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True, norm_first=True)
+        self.null = nn.Parameter(torch.randn(width) * 0.1)
+
+    def forward(self, tokens: Tensor, drop: Tensor) -> Tensor:
+        """tokens [B, MAX_TOKENS]; drop [B] bool; [B, width]."""
+        drop = drop | (tokens == 0).all(1)
+        real = tokens > 0
+        padding = ~real & ~drop[:, None]
+        h = self.layer(self.embedding(tokens) + self.position, src_key_padding_mask=padding)
+        mean = (h * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(drop[:, None], self.null.to(mean.dtype), mean)
+
+
+class MotionUNet(nn.Module):
+    """Predicts the clean motion latent of all views from a noisy one."""
+
+    def __init__(self, config: UNetConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or UNetConfig()
+        fine, middle, coarse = config.channels
+        area, width = config.patch**2, config.embedding
+        self.latent_in = nn.Conv2d(config.latent * area, fine, 1)
+        self.condition_in = nn.Conv2d((CONDITION_CHANNELS - 3 + 15) * area, fine, 3, padding=1)
+        self.text = TextEncoder(config.vocabulary, config.text_width)
+        self.text_in = nn.Linear(config.text_width, width)
+        self.level_in = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.view = nn.Parameter(torch.randn(4, width) * 0.1)
+        self.embedding_out = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.fine_down = ResidualBlock(fine, width)
+        self.to_middle = nn.Conv2d(fine, middle, 3, 2, 1)
+        self.middle_down = ResidualBlock(middle, width)
+        self.to_coarse = nn.Conv2d(middle, coarse, 3, 2, 1)
+        self.coarse_blocks = nn.ModuleList(ResidualBlock(coarse, width) for _ in range(3))
+        self.coarse_attention = nn.ModuleList(MultiViewAttention(coarse) for _ in range(2))
+        self.from_coarse = nn.Conv2d(coarse, middle, 1)
+        self.middle_up = ResidualBlock(middle, width)
+        self.middle_attention = MultiViewAttention(middle)
+        self.from_middle = nn.Conv2d(middle, fine, 1)
+        self.fine_up = nn.ModuleList(ResidualBlock(fine, width) for _ in range(2))
+        self.norm = nn.GroupNorm(8, fine)
+        self.out = _zero(nn.Conv2d(fine, config.latent * area, 1))
+
+    def forward(
+        self, noisy: Tensor, condition: Tensor, noise_level: Tensor, tokens: Tensor, drop: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            noisy: [B, V, latent, H, W].
+            condition: [B, V, 8, H, W] from `generator.condition`; H and W divide by 8.
+            noise_level: [B] in 0..1.
+            tokens: [B, MAX_TOKENS] int64.
+            drop: [B] bool, samples to be denoised without their sentence.
+
+        Returns:
+            the clean latent, [B, V, latent, H, W].
+        """
+        batch, views, _, height, width = noisy.shape
+        patch = self.config.patch
+        drop = torch.zeros(batch, dtype=torch.bool) if drop is None else drop
+        frequencies = torch.exp(torch.arange(32) * (-math.log(1000) / 31)).to(noisy.device)
+        angles = noise_level[:, None] * 1000 * frequencies
+        embedding = self.level_in(torch.cat([angles.sin(), angles.cos()], -1)) + self.text_in(self.text(tokens, drop))
+        embedding = self.embedding_out(embedding[:, None] + self.view[None, :views]).reshape(batch * views, -1)
+        condition = condition.flatten(0, 1)  # [B * V, 8, H, W]
+        mask = condition[:, 7:]
+        codes = position_features(condition[:, 4:7], mask)
+        inputs = torch.cat([condition[:, :4], codes, mask], 1)
+        places = F.avg_pool2d(torch.cat([codes, mask], 1), 2 * patch)  # [B * V, 16, H / 4, W / 4]
+        places = torch.cat([places[:, :15] / places[:, 15:].clamp(min=0.05), places[:, 15:]], 1)
+        coarse_places = F.avg_pool2d(places, 2)
+        h = self.latent_in(F.pixel_unshuffle(noisy.flatten(0, 1), patch)) + self.condition_in(
+            F.pixel_unshuffle(inputs, patch)
+        )
+        fine = h = self.fine_down(h, embedding)
+        middle = h = self.middle_down(self.to_middle(h), embedding)
+        h = self.coarse_blocks[0](self.to_coarse(h), embedding)
+        skip = h = self.coarse_attention[0](h, coarse_places, views)
+        h = self.coarse_blocks[1](h, embedding)
+        h = self.coarse_attention[1](self.coarse_blocks[2](h + skip, embedding), coarse_places, views)
+        h = self.middle_up(F.interpolate(self.from_coarse(h), scale_factor=2.0, mode="nearest") + middle, embedding)
+        h = self.middle_attention(h, places, views)
+        h = F.interpolate(self.from_middle(h), scale_factor=2.0, mode="nearest") + fine
+        for block in self.fine_up:
+            h = block(h, embedding)
+        out = F.pixel_shuffle(self.out(F.silu(self.norm(h))), patch)
+        return out.view(batch, views, -1, height, width)

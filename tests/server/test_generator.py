@@ -1,0 +1,149 @@
+"""The motion generator with its shipped weights: what it answers, for whom, and how well."""
+
+import numpy as np
+import pytest
+import torch
+from track4d.geometry.mesh import Mesh
+from track4d.training.judge import capture, make_trial, run_trial
+from track4d.training.objects import make_object
+from track4d.video.generator import MotionGenerator, decode_video, lift
+from track4d.video.maps import GRID, surface_maps
+from track4d_protocol import space
+from track4d_protocol.errors import Cancelled, InputError
+
+VIEWMATS = space.orbit_viewmats()
+KS = space.intrinsics(128, 4)
+
+
+@pytest.fixture(scope="module")
+def generator() -> MotionGenerator:
+    return MotionGenerator.load()
+
+
+@pytest.fixture(scope="module")
+def dog() -> tuple[Mesh, np.ndarray]:
+    return capture(make_object(np.random.default_rng(5), "quadruped"))
+
+
+def generate(generator, subject, prompt="the dog is running", **options):
+    mesh, views = subject
+    return generator.generate(mesh, views, VIEWMATS, KS, prompt, **({"steps": 4} | options))
+
+
+def test_same_seed_same_motion(generator, dog):
+    first, again, other = (generate(generator, dog, seed=seed).tracks for seed in (7, 7, 8))
+    assert np.array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-4
+
+
+@pytest.mark.parametrize("frames", [2, 8, 16, 33])
+def test_any_number_of_frames(generator, dog, frames):
+    motion = generate(generator, dog, frames=frames)
+    count = len(dog[0].vertices)
+    assert motion.tracks.shape == (frames, count, 3) and motion.tracks.dtype == np.float32
+    assert motion.displacement.shape == (4, frames, GRID, GRID, 3) and motion.mask.shape == (4, GRID, GRID)
+    assert motion.confidence.shape == (count,) and 0 <= motion.confidence.min() <= motion.confidence.max() <= 1
+    assert np.array_equal(motion.tracks[0], dog[0].vertices)
+    assert np.isfinite(motion.tracks).all() and np.abs(motion.tracks[1:] - motion.tracks[0]).max() > 0.01
+    assert (
+        not motion.displacement[:, 0].any()
+        and not motion.displacement[~np.repeat(motion.mask[:, None], frames, 1)].any()
+    )
+
+
+def test_more_frames_show_the_same_motion(generator, dog):
+    coarse, fine = (generate(generator, dog, frames=frames).tracks for frames in (16, 31))
+    assert np.allclose(coarse, fine[::2], atol=1e-5)
+
+
+def test_one_triangle_without_texture(generator):
+    mesh = Mesh(np.array([[0.0, -0.8, -0.5], [0, 0.8, -0.5], [0, 0, 0.8]]), np.array([[0, 1, 2]]))
+    views = np.zeros((4, 64, 64, 4), np.uint8)  # pictures that show nothing are no reason to fail
+    motion = generator.generate(mesh, views, VIEWMATS, space.intrinsics(64, 4), "it spins", steps=2)
+    assert motion.tracks.shape == (16, 3, 3) and np.isfinite(motion.tracks).all()
+
+
+def test_a_mesh_that_no_pixel_sees_stays_still(generator):
+    mesh = Mesh(np.array([[0.0, 0, 1e-4], [0, 1e-4, 0], [0, 0, -1e-4]]), np.array([[0, 1, 2]]))
+    motion = generator.generate(
+        mesh, np.zeros((4, 32, 32, 4), np.uint8), VIEWMATS, space.intrinsics(32, 4), "it jumps", steps=2
+    )
+    if not motion.mask.any():
+        assert not motion.confidence.any() and np.array_equal(motion.tracks, np.repeat(mesh.vertices[None], 16, 0))
+
+
+def test_split_vertices_move_together(generator, dog):
+    mesh, views = dog
+    soup = Mesh(mesh.vertices[mesh.faces].reshape(-1, 3), np.arange(mesh.faces.size).reshape(-1, 3))
+    tracks = generate(generator, (soup, views)).tracks
+    joined = np.full_like(tracks[:, : len(mesh.vertices)], np.nan)
+    joined[:, mesh.faces.reshape(-1)] = tracks
+    assert np.abs(joined[:, mesh.faces.reshape(-1)] - tracks).max() == 0
+
+
+def test_cancelled_at_every_step(generator, dog):
+    for stop in range(4):
+        seen = []
+
+        def report(stage, step, total, preview=None, stop=stop, seen=seen):
+            seen.append((stage, step, total))
+            if step == stop:
+                raise Cancelled
+
+        with pytest.raises(Cancelled):
+            generate(generator, dog, report=report)
+        assert seen == [("generate", k, 4) for k in range(stop + 1)]
+
+
+def test_reports_every_step_and_the_end(generator, dog):
+    seen = []
+    generate(generator, dog, report=lambda stage, step, total, preview=None: seen.append(step))
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_adverbs_scale_the_motion(generator, dog):
+    def size(prompt):
+        tracks = generate(generator, dog, prompt, steps=8).tracks
+        return np.linalg.norm(tracks - tracks[0], axis=-1).mean()
+
+    assert size("the dog bounces strongly") > 1.3 * size("the dog bounces slightly")
+
+
+def test_lifting_gives_back_a_known_field():
+    """Every pixel says where its surface point is; so must every vertex, hidden ones nearly."""
+    thing = make_object(np.random.default_rng(11), "quadruped")
+    Ks = space.intrinsics(GRID, 4)
+    maps, coverage = surface_maps(thing.vertices, thing.faces, thing.vertices, VIEWMATS, Ks, GRID)
+    lifted, confidence = lift(thing.vertices, maps.transpose(0, 3, 1, 2)[:, None], maps, coverage, VIEWMATS, Ks)
+    error = np.linalg.norm(lifted[:, 0] - thing.vertices, axis=-1)
+    assert 0.3 < (confidence > 0).mean() <= 1
+    assert error[confidence > 0.5].mean() < 0.03 and error.mean() < 0.06
+
+
+def test_decoded_video_starts_with_the_capture(generator, dog):
+    mesh, views = dog
+    thing = make_object(np.random.default_rng(5), "quadruped")
+    motion = generate(generator, dog, frames=4)
+    video = decode_video(mesh, motion.tracks, VIEWMATS, KS, 128, thing.colors)
+    assert video.shape == (4, 4, 128, 128, 4) and video.dtype == np.uint8
+    flat = views[..., :3] * (views[..., 3:] / 255.0)
+    assert np.abs(video[:, 0, ..., :3] - flat).mean() < 1
+    assert (video[:, 1:] != video[:, :1]).any()
+
+
+def test_shipped_weights_do_what_they_are_told(generator):
+    torch.manual_seed(0)
+    trials = [make_trial(1, verb) for verb in range(0, 20, 2)]
+    scores = [run_trial(generator, trial, samples=1, steps=10)[0][0] for trial in trials]
+    assert np.mean([score.verb == trial.action.verb for score, trial in zip(scores, trials)]) >= 0.9
+    assert np.mean([score.error for score in scores]) < 0.12
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all", None])
+def test_damaged_weights_are_refused(tmp_path, content):
+    path = tmp_path / "weights.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        MotionGenerator.load(path)
+    assert caught.value.code in ("weights_missing", "bad_weights") and caught.value.action

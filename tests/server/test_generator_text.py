@@ -1,0 +1,59 @@
+"""Sentences: which words mean something, which ones are reported."""
+
+import pytest
+from track4d.video.generator import MotionGenerator
+from track4d.video.text import MAX_TOKENS, VERBS, VOCABULARY_SIZE, known_verbs, tokenise, unknown_words
+
+
+def test_inflections_and_synonyms_mean_the_same():
+    for group in (
+        ("run", "runs", "running", "gallops", "sprinting", "ran"),
+        ("walk", "is walking", "strolls", "marching"),
+        ("jump", "jumped", "hopping", "leaps"),
+        ("fly", "flies", "flying", "soars"),
+        ("wag", "wagging", "wags"),
+    ):
+        assert len({tuple(tokenise(words)) for words in group}) == 1, group
+
+
+def test_verbs_differ():
+    assert len({tuple(tokenise(verb.phrases[0])) for verb in VERBS}) == len(VERBS) >= 17
+
+
+def test_every_training_phrase_is_understood():
+    for verb in VERBS:
+        for phrase in verb.phrases:
+            assert unknown_words(f"the xyzzy {phrase}") == [], phrase
+
+
+@pytest.mark.parametrize(
+    "prompt, unknown",
+    [
+        ("the fox is running", []),
+        ("the red fox runs quickly", []),
+        ("a fluffy dragon is slowly flapping its wings", []),
+        ("Fox running!", []),
+        ("running", []),
+        ("the building sways", []),
+        ("the fox is pondering", ["pondering"]),
+        ("the fox ponders", ["ponders"]),
+        ("fox pondering", ["pondering"]),
+        ("ponder", ["ponder"]),
+        ("the fox is running and pondering", ["pondering"]),
+        ("the fox runs gracefully", ["gracefully"]),
+        ("der Fuchs rennt", ["rennt"]),
+    ],
+)
+def test_unknown_words(prompt, unknown):
+    assert MotionGenerator.unknown_words(prompt) == unknown
+
+
+def test_tokens_are_bounded():
+    ids = tokenise("a very long sentence about " + "many different unheard things " * 20)
+    assert len(ids) == MAX_TOKENS and all(0 <= k < VOCABULARY_SIZE for k in ids)
+    assert tokenise("") == [0] * MAX_TOKENS == tokenise("!?… 123")
+
+
+def test_known_words():
+    assert "gallop" in MotionGenerator.known_words()
+    assert {"walk", "run", "jump", "swim", "fly", "bend left"} <= set(known_verbs())

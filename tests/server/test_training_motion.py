@@ -1,0 +1,148 @@
+"""The generator's training: its data are exact, its runs repeatable."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from track4d.training import data
+from track4d.training.clips import draw_clip, load_clips
+from track4d.training.motion import TrainingSettings, train
+from track4d.training.objects import PLANS, make_object
+from track4d.training.verbs import Action, animate
+from track4d.video.diffusion import BASIS_FRAMES, frame_times, temporal_basis
+from track4d.video.generator import MotionGenerator
+from track4d.video.motion_unet import UNetConfig
+from track4d.video.text import VERB_NAMES, VERBS
+from track4d_protocol.errors import Cancelled
+
+TIMES = frame_times(BASIS_FRAMES).numpy()
+TINY = UNetConfig(channels=(32, 32, 32), embedding=32, text_width=32)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_objects_are_canonical(plan):
+    thing = make_object(np.random.default_rng(3), plan)
+    assert np.linalg.norm(thing.vertices, axis=1).max() == pytest.approx(1, abs=1e-5)
+    assert np.abs(thing.vertices.min(0) + thing.vertices.max(0)).max() < 1e-5
+    assert thing.faces.min() == 0 and thing.faces.max() == len(thing.vertices) - 1
+    assert 0 <= thing.colors.min() and thing.colors.max() <= 1
+    for limb in thing.limbs:
+        assert len(limb.members) == len(limb.along) > 0 and 0 <= limb.along.min() <= limb.along.max() <= 1
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_verb_moves_every_object_from_rest(plan):
+    thing = make_object(np.random.default_rng(4), plan)
+    for verb in range(len(VERBS)):
+        trajectory = animate(thing, Action(verb), TIMES)
+        assert trajectory.shape == (16, len(thing.vertices), 3) and np.isfinite(trajectory).all()
+        assert np.allclose(trajectory[0], thing.vertices, atol=1e-5), VERB_NAMES[verb]
+        assert 0.02 < np.abs(trajectory - trajectory[0]).max() < 3, VERB_NAMES[verb]
+
+
+def test_directions():
+    """Left is +Y: bending left takes the top there; a raised hand goes up; a nod takes the head down."""
+    thing = make_object(np.random.default_rng(1), "biped")
+    top = thing.vertices[:, 2].argmax()
+
+    def middle(name):
+        return animate(thing, Action(VERB_NAMES.index(name)), np.array([0.0, 8 / 15]))
+
+    assert middle("bend left")[1, top, 1] > thing.vertices[top, 1] + 0.2
+    assert middle("bend right")[1, top, 1] < thing.vertices[top, 1] - 0.2
+    (hand,) = [arm.members[arm.along.argmax()] for arm in thing.of("arm") if arm.side > 0]
+    assert middle("wave")[1, hand, 2] > thing.vertices[hand, 2]
+    nod = animate(thing, Action(VERB_NAMES.index("nod")), np.array([0.0, 4 / 15]))
+    assert nod[1, top, 0] > thing.vertices[top, 0] + 0.02
+    spin = animate(thing, Action(VERB_NAMES.index("spin"), sign=1.0), np.array([0.0, 4 / 15]))
+    assert np.cross(thing.vertices[hand], spin[1, hand])[2] > 0
+
+
+def test_running_legs_swing_about_their_hips():
+    thing = make_object(np.random.default_rng(8), "quadruped")
+    trajectory = animate(thing, Action(VERB_NAMES.index("walk")), TIMES)
+    travel = np.ptp(trajectory[:, :, 0], axis=0)
+    for leg in thing.of("leg"):
+        foot, hip = leg.members[leg.along > 0.9], leg.members[leg.along < 0.05]
+        assert travel[foot].mean() > 3 * travel[hip].mean()
+
+
+def test_time_basis_is_orthonormal_and_starts_at_rest():
+    basis = temporal_basis(frame_times(BASIS_FRAMES)).numpy()
+    assert np.abs(basis[0]).max() == 0
+    assert np.allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
+
+
+def test_the_latent_holds_the_motion():
+    """Pixels that see a vertex move as it does."""
+    thing = make_object(np.random.default_rng(2), "biped")
+    truth = animate(thing, Action(VERB_NAMES.index("twist")), TIMES)
+    coefficients = data.motion_coefficients(truth).reshape(len(thing.vertices), -1, 3)
+    restored = truth[:1] + np.einsum("fk,nkc->fnc", temporal_basis(frame_times(BASIS_FRAMES)).numpy(), coefficients)
+    assert np.linalg.norm(restored - truth, axis=-1).mean() < 0.02 * np.linalg.norm(truth - truth[:1], axis=-1).mean()
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    one, same, other = data.make_batch(0, 5, 8), data.make_batch(0, 5, 8), data.make_batch(0, 6, 8)
+    assert torch.equal(one.latent, same.latent) and torch.equal(one.tokens, same.tokens)
+    assert not torch.equal(one.condition, other.condition)
+    assert one.latent.shape == (8, 4, 36, 32, 32) and one.condition.shape == (8, 4, 8, 32, 32)
+    assert not (one.latent * (1 - one.mask)).any()
+
+
+def test_resumed_training_is_bit_identical(tmp_path):
+    settings = TrainingSettings(steps=6, batch=4, seed=3)
+
+    def interrupt(stage, step, total, preview=None):
+        if step == 3:
+            raise Cancelled
+
+    whole = train(tmp_path / "whole", settings, config=TINY)
+    with pytest.raises(Cancelled):
+        train(tmp_path / "parts", settings, config=TINY, report=interrupt)
+    parts = train(tmp_path / "parts", settings, resume=True, config=TINY)
+    first, second = load_file(whole), load_file(parts)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    generator = MotionGenerator.load(whole)
+    assert generator.network.config == TINY
+
+
+def test_other_seed_other_weights(tmp_path):
+    one, two = (
+        load_file(train(tmp_path / str(seed), TrainingSettings(steps=1, batch=4, seed=seed), config=TINY))
+        for seed in (0, 1)
+    )
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_clips_are_drawn_from_rest(tmp_path):
+    rng = np.random.default_rng(0)
+    thing = make_object(rng, "quadruped")
+    walk = animate(thing, Action(VERB_NAMES.index("walk"), speed=16 / 15), np.arange(24) / 24)
+    np.savez(
+        tmp_path / "dog.npz",
+        faces=thing.faces,
+        rest=thing.vertices,
+        clips=walk[None].astype(np.float16),
+        verbs=np.array(["walk"]),
+        loops=np.array([True]),
+        noun=np.array("dog"),
+    )
+    (real,) = load_clips(tmp_path)
+    assert [VERB_NAMES[clip.verb] for clip in real.clips] == ["walk"]
+    assert min(real.clips[0].start, 1 - real.clips[0].start) < 0.1  # the left front foot starts forwards at once
+    for _ in range(5):
+        trajectory, colors, prompt = draw_clip(rng, real, TIMES)
+        assert trajectory.shape == (16, len(thing.vertices), 3) and colors.shape == thing.colors.shape and prompt
+        assert np.linalg.norm(trajectory[0], axis=1).max() == pytest.approx(1, abs=1e-4)
+        assert np.abs(trajectory[1:] - trajectory[0]).max() > 0.02
+    batch = data.make_batch(0, 1, 16, [real])
+    assert batch.latent.shape[0] == 16 and torch.isfinite(batch.latent).all()
+
+
+def test_log_is_one_json_object_a_line(tmp_path):
+    train(tmp_path, TrainingSettings(steps=2, batch=4), config=TINY)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2] and lines[0]["loss"] > 0

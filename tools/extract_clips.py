@@ -1,0 +1,161 @@
+"""Vertex trajectories of captioned, animated GLB files, as the generator's training reads them. Needs bpy.
+
+    python tools/extract_clips.py FOLDER OUT [--verbs walk run ...]
+
+FOLDER holds the GLB files and `captions.json`:
+{file: {"noun": ..., "front": "-Y", "clips": {name: {"verb": ..., "loops": ...}}}}; "front" may be left out.
+OUT gets one .npz per file: faces [T, 3]; rest [N, 3]; clips [C, 24, N, 3], each resampled to 24 poses over its length,
+canonical orientation and scale, root drift removed; verbs [C]; loops [C]; noun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import bpy
+import numpy as np
+from track4d_protocol import space
+
+POSES = 24
+MOST_VERTICES = 9000
+FRONTS = {"cat.glb": "+X", "slime.glb": "+X", "eagle.glb": "+Y"}  # all others face -Y
+VERBS = {
+    "walk": "walk",
+    "crawl": "walk",
+    "run": "run",
+    "jump": "jump",
+    "fly": "fly",
+    "swim": "swim",
+    "wave": "wave",
+    "dance": "dance",
+    "nod": "nod",
+    "spin": "spin",
+    "bounce": "bounce",
+}  # caption to the generator's verb
+CYCLIC = {"walk", "run", "fly", "swim"}
+
+
+def visible_meshes() -> list[bpy.types.Object]:
+    """The asset's meshes without the importer's bone shapes."""
+    shapes = {bone.custom_shape for thing in bpy.data.objects if thing.type == "ARMATURE" for bone in thing.pose.bones}
+    return sorted(
+        (
+            thing
+            for thing in bpy.context.view_layer.objects
+            if thing.type == "MESH" and thing not in shapes and not thing.hide_render
+        ),
+        key=lambda thing: thing.name,
+    )
+
+
+def snapshot(meshes: list[bpy.types.Object]) -> tuple[np.ndarray, np.ndarray]:
+    """World positions [N, 3] after all modifiers, and triangles [T, 3]."""
+    graph = bpy.context.evaluated_depsgraph_get()
+    positions, triangles, count = [], [], 0
+    for thing in meshes:
+        evaluated = thing.evaluated_get(graph)
+        mesh = evaluated.to_mesh()
+        flat = np.empty(len(mesh.vertices) * 3, np.float32)
+        mesh.vertices.foreach_get("co", flat)
+        mesh.calc_loop_triangles()
+        corners = np.empty(len(mesh.loop_triangles) * 3, np.int32)
+        mesh.loop_triangles.foreach_get("vertices", corners)
+        matrix = np.array(evaluated.matrix_world)
+        positions.append(flat.reshape(-1, 3) @ matrix[:3, :3].T + matrix[:3, 3])
+        triangles.append(corners.reshape(-1, 3) + count)
+        count += len(mesh.vertices)
+        evaluated.to_mesh_clear()
+    return np.concatenate(positions), np.concatenate(triangles)
+
+
+def animated() -> list:
+    """Everything that carries animation: objects and shape keys."""
+    blocks = list(bpy.data.objects) + list(bpy.data.shape_keys)
+    return [block for block in blocks if block.animation_data is not None]
+
+
+def extract(path: Path, caption: dict, verbs: set[str]) -> dict | None:
+    """The file's trajectories; None where it has no clip of these verbs or too many vertices."""
+    wanted = {name: clip for name, clip in caption["clips"].items() if VERBS.get(clip["verb"]) in verbs}
+    if not wanted:
+        return None
+    bpy.ops.wm.read_factory_settings(use_empty=True)
+    bpy.context.scene.render.fps = 24
+    bpy.ops.import_scene.gltf(filepath=str(path), bone_heuristic="TEMPERANCE")
+    meshes, blocks = visible_meshes(), animated()
+    strips: dict[str, list] = {}
+    for block in blocks:
+        for track in block.animation_data.nla_tracks:
+            for strip in track.strips:
+                strips.setdefault(track.name, []).append((block, strip.action, strip.action_slot))
+        block.animation_data.action = None
+        block.animation_data.use_nla = False
+    for thing in bpy.data.objects:
+        if thing.type == "ARMATURE":
+            thing.data.pose_position = "REST"
+    bpy.context.view_layer.update()
+    rest, faces = snapshot(meshes)
+    if len(rest) > MOST_VERTICES:
+        return None
+    for thing in bpy.data.objects:
+        if thing.type == "ARMATURE":
+            thing.data.pose_position = "POSE"
+    similarity = space.canonical_similarity(rest, caption.get("front", FRONTS.get(path.name, "-Y")))
+    clips, names, loops = [], [], []
+    for name, clip in wanted.items():
+        if name not in strips:
+            continue
+        for block in blocks:
+            block.animation_data.action = None
+        for block, action, slot in strips[name]:
+            block.animation_data.action = action
+            if slot is not None:
+                block.animation_data.action_slot = slot
+        first = min(action.frame_range[0] for _, action, _ in strips[name])
+        last = max(action.frame_range[1] for _, action, _ in strips[name])
+        poses = []
+        for frame in np.linspace(first, last, POSES, endpoint=not clip["loops"]):
+            bpy.context.scene.frame_set(int(frame), subframe=float(frame - int(frame)))
+            positions, _ = snapshot(meshes)
+            poses.append(similarity.apply(positions))
+        trajectory = np.stack(poses)
+        drift = trajectory.mean(1)[-1] - trajectory.mean(1)[0]
+        drift[2] = 0
+        if np.linalg.norm(drift) > 0.3:
+            trajectory -= np.linspace(0, 1, POSES)[:, None, None] * drift
+        if trajectory.shape[1] != len(rest) or not np.isfinite(trajectory).all():
+            continue
+        clips.append(trajectory.astype(np.float32))
+        names.append(VERBS[clip["verb"]])
+        loops.append(bool(clip["loops"]) or names[-1] in CYCLIC)
+    if not clips:
+        return None
+    return {
+        "faces": faces.astype(np.int32),
+        "rest": similarity.apply(rest),
+        "clips": np.stack(clips).astype(np.float16),
+        "verbs": np.array(names),
+        "loops": np.array(loops),
+        "noun": np.array(caption["noun"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--verbs", nargs="+", default=sorted(set(VERBS.values())))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    captions = json.loads((arguments.folder / "captions.json").read_text())
+    for name, caption in captions.items():
+        found = extract(arguments.folder / name, caption, set(arguments.verbs))
+        if found is not None:
+            np.savez(arguments.out / Path(name).with_suffix(".npz").name, **found)
+            print(name, len(found["rest"]), "vertices,", ", ".join(found["verbs"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
