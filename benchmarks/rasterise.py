@@ -4,8 +4,8 @@
     python benchmarks/rasterise.py --gpu     gsplat beside it
 
 Both sides run in turn in one process, so that their ratio means something on a busy machine: the ratio is the median
-over the rounds of (ours / theirs). OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 gives the cost on one core. Ours is everything
-that training pays (autograd, gradients summed over views and frames, fresh memory); the prototype's is its bare kernels.
+over the rounds of (ours / theirs). OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 gives the cost on one core. Ours is all
+that training pays (autograd, gradients summed over views and frames, fresh memory), the prototype's its bare kernels.
 """
 
 from __future__ import annotations

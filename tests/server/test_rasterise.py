@@ -57,7 +57,7 @@ def draw(scene, dtype=torch.float32, seed=7):
 
 
 def assert_same_pictures(scene):
-    """A contribution on the cut of alpha or on the stop may fall on either side: a pixel in 5,000 may be off by that."""
+    """A contribution on the cut of alpha or on the stop may fall on either side: a pixel in 5,000 may be off."""
     image, alpha, gradients = draw(scene)
     true_image, true_alpha, true_gradients = draw(scene, torch.float64)
     assert image.dtype == torch.float32 and image.shape == true_image.shape and alpha.shape == true_alpha.shape
