@@ -78,6 +78,32 @@ def shape(obj: bpy.types.Object) -> dict:
     return {"keys": len(keys.key_blocks) if keys else 0, "farthest": farthest}
 
 
+def local(archive: str, prompt: str, home: str, python: str) -> dict:
+    """No server runs: Animate starts this computer's, with the real pipeline."""
+    install(archive)
+    use_server(home=home, python=python)
+    jobs, _ = addon()
+    obj = monkey()
+    settings = bpy.context.scene.track4d
+    settings.prompt, settings.preset, settings.frames = prompt, "fast", 8
+    bpy.ops.track4d.animate()
+    seen = set()
+
+    def look() -> bool:
+        seen.add(jobs.state.server.value)
+        return not jobs.state.active
+
+    finished = pump(look, 250)
+    problem = str(jobs.state.problem or jobs.state.server_problem or "")
+    return {
+        "finished": finished,
+        "problem": problem,
+        "seen": sorted(seen),
+        "seconds": jobs.state.last_report.get("seconds"),
+        **shape(obj),
+    }
+
+
 def animate(archive: str, prompt: str, blend: str, **server) -> dict:
     """Press Animate, wait, look at the mesh; a file saved meanwhile must know nothing of the job."""
     install(archive)
@@ -254,7 +280,8 @@ def register_twice(archive: str) -> dict:
     gc.collect()
     left = sorted(n for n in set(dir(bpy.types)) - before_types if "track4d" in n.lower())
     answer = {
-        "types": left, "scene": hasattr(bpy.types.Scene, "track4d"), "threads": threading.active_count() - before_threads,
+        "types": left, "scene": hasattr(bpy.types.Scene, "track4d"),
+        "threads": threading.active_count() - before_threads,
         "timer": bpy.app.timers.is_registered(jobs._timer), "operators": dir(bpy.ops.track4d),
     }  # fmt: skip
     package.register()

@@ -16,6 +16,7 @@ from track4d_protocol import __version__
 from track4d_protocol.client import Client
 from track4d_protocol.errors import TransportError
 from track4d_protocol.keys import read_connection
+from track4d_protocol.local import stop_server
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -186,6 +187,17 @@ def test_animate_moves_the_mesh_and_leaves_nothing_else(blender, server, tmp_pat
     assert answer["unchanged_while_running"] and not answer["saved_job"]
     assert answer["new"] == {"shape_keys": 1, "actions": 1}
     assert answer["warnings"][-1] == "tiny_work"
+
+
+def test_animate_starts_the_server_and_the_real_pipeline_moves_the_mesh(blender, tmp_path):
+    home = tmp_path / "own home"
+    try:
+        answer = blender("local", prompt="the monkey is nodding", home=home, python=sys.executable)
+    finally:
+        stop_server(home)
+    assert answer["finished"] and not answer["problem"], answer
+    assert {"starting", "connected"} <= set(answer["seen"])
+    assert answer["keys"] == 9 and answer["farthest"] > 0.005
 
 
 @pytest.mark.parametrize("when", ["capture", "work"])
