@@ -69,7 +69,7 @@ def steps(
         How many pictures are done, 1..V.
 
     Raises:
-        InputError: also changed_during_capture, when an object was changed during a pause.
+        InputError: also changed_during_capture, when an object was changed during a pause, and nothing_visible.
     """
     seen = objects if isinstance(objects, Snapshot) else snapshot(objects)
     viewmats, Ks = orbit_cameras(seen.vertices, settings.front, size)
@@ -84,6 +84,13 @@ def steps(
         views.append(view)
         depths.append(depth)
         yield done + 1
+    if max(int(view[..., 3].max()) for view in views) < 128:
+        name = seen.objects[0].name
+        raise InputError(
+            "nothing_visible",
+            f"'{name}' can't be seen in any picture: its materials are transparent.",
+            "Give it a material that can be seen while it is animated.",
+        )
     if report:
         report("capture", len(viewmats), len(viewmats))
     return Request(

@@ -414,6 +414,16 @@ def test_missing_colours_are_warnings(kit, code, tmp_path) -> None:
     check_request(capture.capture(seen, FOX, **QUICK))
 
 
+def test_what_can_not_be_seen(kit) -> None:
+    cone = kit.make_cone()
+    made, shader = material("Glass")
+    shader.inputs["Alpha"].default_value = 0.0
+    cone.data.materials.append(made)
+    with pytest.raises(InputError) as caught:
+        capture.capture([cone], FOX, **QUICK)
+    assert caught.value.code == "nothing_visible" and "'Cone'" in caught.value.message
+
+
 # What can't be animated
 
 
