@@ -1,8 +1,8 @@
 """What the service adds to a job: python benchmarks/service.py [--repeats 20]
 
-Starts a server whose worker returns at once and prints medians: a request's way to the disk, the first progress, and the way
-back of a result of 16 x 20,000 vertices with a video of 12 MB. A copy of the same bytes in memory and to the disk stand beside
-them, as what no service could avoid.
+Starts a server whose worker returns at once and prints medians: a request's way to the disk, the first progress, and
+the way back of a result of 16 x 20,000 vertices with a video of 12 MB. A copy of the same bytes in memory and to the
+disk stand beside them, as what no service could avoid.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def make_request() -> Request:
               "uvs": dice.random((len(faces), 3, 2), np.float32), "materials": np.zeros(len(faces), np.int32),
               "texture_0": dice.integers(0, 255, (1024, 1024, 3)).astype(np.uint8),
               "views": dice.integers(0, 255, (4, SIZE, SIZE, 4)).astype(np.uint8),
-              "depths": dice.random((4, SIZE, SIZE), np.float32), "viewmats": orbit_viewmats(), "Ks": intrinsics(SIZE, 4)}
+              "depths": dice.random((4, SIZE, SIZE), np.float32), "viewmats": orbit_viewmats(),
+              "Ks": intrinsics(SIZE, 4)}
     return Request(Settings("the fox is running"), ["fox"], arrays)
 
 
@@ -96,7 +97,8 @@ def main() -> None:
         home = Path(folder) / "home"
         code = f"from track4d.service import serve; serve({str(home)!r}, work='service:run')"
         start = time.perf_counter()
-        server = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
+        server = subprocess.Popen([sys.executable, "-c", code],
+                                  env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})
         while not (home / "connection.json").exists():
             time.sleep(0.002)
         with Client(read_connection(home / "connection.json"), timeout=30) as client:

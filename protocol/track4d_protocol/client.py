@@ -23,7 +23,7 @@ _CHUNKS_UNDERWAY = 4
 
 
 class Client:
-    """One connection to a server. It belongs to the thread that made it, and doesn't touch the network before its first call.
+    """One connection to a server, made at its first call. It belongs to one thread.
 
     Args:
         connection: from the connection file.
@@ -35,7 +35,8 @@ class Client:
 
     def __init__(self, connection: Connection, timeout: float = 5.0) -> None:
         if not zmq.has("curve"):
-            raise TransportError("curve_missing", "This build of ZeroMQ can't encrypt.", "Install pyzmq from its wheel.")
+            raise TransportError("curve_missing", "This build of ZeroMQ can't encrypt.",
+                                 "Install pyzmq from its wheel.")
         self._connection, self._timeout = connection, timeout
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -44,7 +45,8 @@ class Client:
         self._socket.curve_serverkey = connection.server_key
         self._socket.curve_publickey = connection.public_key
         self._socket.curve_secretkey = connection.secret_key
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+        refusals = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        self._monitor = self._socket.get_monitor_socket(refusals)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -76,8 +78,8 @@ class Client:
         """Hands a request in; when this returns, the server has it on disk.
 
         Args:
-            job_id: made by the caller, 1 to 64 letters, digits, "-" and "_" (`uuid.uuid4().hex`). The same id again returns the
-                same job, and nothing runs twice.
+            job_id: made by the caller, 1 to 64 letters, digits, "-" and "_" (`uuid.uuid4().hex`). The same id again
+                returns the same job, and nothing runs twice.
 
         Raises:
             InputError: the request can't be used, or the id is malformed.
@@ -142,7 +144,8 @@ class Client:
         """
         size = self._ask("fetch", {"job": job_id}).body["bytes"]
         if type(size) is not int or not 0 <= size <= 2 * FILE_LIMITS.message_bytes:
-            raise TransportError("too_large", f"The result has {size!r} bytes.", "Use fewer frames or a smaller object.")
+            raise TransportError("too_large", f"The result has {size!r} bytes.",
+                                 "Use fewer frames or a smaller object.")
         data = bytearray(size)
         starts = deque(range(0, size, LIMITS.chunk_bytes))
         underway: deque[tuple[int, int]] = deque()
@@ -153,7 +156,8 @@ class Client:
             start, serial = underway.popleft()
             chunk = self._answer(serial).arrays["chunk"]
             if chunk.nbytes != min(LIMITS.chunk_bytes, size - start):
-                raise TransportError("bad_message", "A part of the result has the wrong size.", "Fetch the result again.")
+                raise TransportError("bad_message", "A part of the result has the wrong size.",
+                                     "Fetch the result again.")
             data[start:start + chunk.nbytes] = chunk.tobytes()
         content = codec.read_file(data)
         return Result(content.body["report"], content.arrays)
@@ -255,7 +259,8 @@ class Client:
     def _lost(self) -> TransportError:
         address = self._connection.address
         if self._heard:
-            return TransportError("server_lost", f"There is no sign of the server at {address} for {self._silence:.0f} s.",
+            return TransportError("server_lost",
+                                  f"There is no sign of the server at {address} for {self._silence:.0f} s.",
                                   "Start the server again; jobs that it had taken continue.")
         return TransportError("server_unreachable", f"No server answers at {address}.",
                               "Start the server, or choose the connection file of one that runs.")

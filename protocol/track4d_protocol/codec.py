@@ -1,8 +1,8 @@
 """Messages to frames and back, and the same for files. See docs/protocol.md.
 
-A message is [magic, version, kind] [header] [array] [array] ...: the header is a small MessagePack map, the arrays are raw bytes
-that the header declares by name, dtype, shape and size. Everything is checked before an array is made; nothing that comes from
-the wire is code, a path or a pickle.
+A message is [magic, version, kind] [header] [array] [array] ...: the header is a small MessagePack map, the arrays are
+raw bytes that the header declares by name, dtype, shape and size. Everything is checked before an array is made;
+nothing that comes from the wire is code, a path or a pickle.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def decode(frames: Sequence[Any], limits: Limits = LIMITS) -> Message:
         frames: bytes-like, without the routing frame.
 
     Raises:
-        TransportError: `protocol_mismatch` for another version of the protocol, `bad_message` and `too_large` for the rest.
+        TransportError: `protocol_mismatch`, `bad_message` or `too_large`.
     """
     kind = read_kind(frames)
     if len(frames) < 2:
@@ -103,8 +103,8 @@ def read_kind(frames: Sequence[Any]) -> str:
 def mismatch(theirs: int) -> TransportError:
     """The error for a peer that speaks another version of the protocol."""
     older = "server" if theirs < PROTOCOL_VERSION else "add-on"
-    return TransportError("protocol_mismatch",
-                          f"The other side speaks version {theirs} of the protocol, this side version {PROTOCOL_VERSION}.",
+    message = f"The other side speaks version {theirs} of the protocol, this side version {PROTOCOL_VERSION}."
+    return TransportError("protocol_mismatch", message,
                           f"Update the {older} so that both are of one release, and restart both.")
 
 
@@ -262,7 +262,8 @@ def _bad(reason: str) -> TransportError:
 
 
 def _large(reason: str) -> TransportError:
-    return TransportError("too_large", f"A message is too large: {reason}.", "Simplify the object, or use smaller pictures.")
+    return TransportError("too_large", f"A message is too large: {reason}.",
+                          "Simplify the object, or use smaller pictures.")
 
 
 def _to_disk(file: Any) -> None:

@@ -45,7 +45,8 @@ def ensure_server(home: Path | None = None, python: str = sys.executable, timeou
         raise TransportError("home_unwritable", f"The folder '{home}' can't be written: {error.strerror}.",
                              "Choose another folder, or free disk space.") from error
     if not free:
-        raise TransportError("server_not_started", f"Another program has been starting a server in '{home}' for {timeout:.0f} s.",
+        raise TransportError("server_not_started",
+                             f"Another program has been starting a server in '{home}' for {timeout:.0f} s.",
                              "Try again; restart this computer if it stays.")
     with starting:
         process = None if holder(home / SERVER_LOCK) is not None else _start(home, python)
@@ -71,7 +72,8 @@ def stop_server(home: Path | None = None, timeout: float = 10.0) -> None:
     deadline = time.monotonic() + timeout
     while holder(lock) is not None:
         if time.monotonic() > deadline:
-            raise TransportError("server_not_stopped", f"The server (process {process_id}) doesn't end.", "End it by hand.")
+            raise TransportError("server_not_stopped", f"The server (process {process_id}) doesn't end.",
+                                 "End it by hand.")
         time.sleep(0.05)
     _reap()
 
@@ -81,10 +83,11 @@ def _start(home: Path, python: str) -> subprocess.Popen[bytes]:
     log = home / LOG_FILE
     if log.exists() and log.stat().st_size > _LOG_BYTES:
         os.replace(log, log.with_suffix(".log.1"))
-    flags = getattr(subprocess, "CREATE_NO_WINDOW", 0) | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # of Windows
+    flags = sum(getattr(subprocess, name, 0) for name in ("CREATE_NO_WINDOW", "CREATE_NEW_PROCESS_GROUP"))  # Windows
     with open(log, "ab") as output:
         try:
-            process = subprocess.Popen([python, "-m", "track4d", "serve", "--home", str(home)], stdin=subprocess.DEVNULL,
+            process = subprocess.Popen([python, "-m", "track4d", "serve", "--home", str(home)],
+                                       stdin=subprocess.DEVNULL,
                                        stdout=output, stderr=output, cwd=home, start_new_session=os.name == "posix",
                                        creationflags=flags)
         except OSError as error:
@@ -96,7 +99,8 @@ def _start(home: Path, python: str) -> subprocess.Popen[bytes]:
 
 
 def _wait(home: Path, process: subprocess.Popen[bytes] | None, deadline: float) -> Connection:
-    problem = TransportError("server_not_started", f"The server in '{home}' doesn't answer.", f"See '{home / LOG_FILE}'.")
+    problem = TransportError("server_not_started", f"The server in '{home}' doesn't answer.",
+                             f"See '{home / LOG_FILE}'.")
     while True:
         try:
             connection = read_connection(home / CONNECTION_FILE)

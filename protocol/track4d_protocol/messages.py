@@ -1,4 +1,4 @@
-"""What travels between a client and the server: requests, jobs and results, and the check of a request where it enters."""
+"""What travels between a client and the server: requests, jobs and results, and the check of a request."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Request:
     Attributes:
         settings: what the user chose.
         objects: names of the objects, in the order of `object_counts`.
-        arrays: in the user's world space and units: vertices f32 [N, 3]; faces i32 [T, 3]; uvs f32 [T, 3, 2]; materials i32 [T];
-            texture_0, texture_1, ... uint8 [h, w, 3] sRGB, top row first, one per material; object_counts i32 [O] vertices per
-            object; views uint8 [V, R, R, 4] sRGB, straight alpha; depths f32 [V, R, R] along the camera's axis, 0 = background;
-            viewmats f [V, 4, 4]; Ks f32 [V, 3, 3]; for the task "fit" also video uint8 [V, F, H, W, 3 or 4], whose cameras
-            viewmats and Ks then are.
+        arrays: in the user's world space and units: vertices f32 [N, 3]; faces i32 [T, 3]; uvs f32 [T, 3, 2]; materials
+            i32 [T]; texture_0, texture_1, ... uint8 [h, w, 3] sRGB, top row first, one per material; object_counts i32
+            [O] vertices per object; views uint8 [V, R, R, 4] sRGB, straight alpha; depths f32 [V, R, R] along the
+            camera's axis, 0 = background; viewmats f [V, 4, 4]; Ks f32 [V, 3, 3]; for the task "fit" also video uint8
+            [V, F, H, W, 3 or 4], whose cameras viewmats and Ks then are.
     """
 
     settings: Settings
@@ -155,9 +155,10 @@ class Job:
 
 
 # name: (dtype kinds, shape); a letter is a size that must be the same everywhere, a number is exact, None is free.
-_ANIMATE = {"vertices": ("f", ("N", 3)), "faces": ("i", ("T", 3)), "uvs": ("f", ("T", 3, 2)), "materials": ("i", ("T",)),
-            "object_counts": ("i", (None,)), "views": ("u", ("V", "R", "R", 4)), "depths": ("f", ("V", "R", "R")),
-            "viewmats": ("f", ("V", 4, 4)), "Ks": ("f", ("V", 3, 3))}
+_ANIMATE = {
+    "vertices": ("f", ("N", 3)), "faces": ("i", ("T", 3)), "uvs": ("f", ("T", 3, 2)), "materials": ("i", ("T",)),
+    "object_counts": ("i", (None,)), "views": ("u", ("V", "R", "R", 4)), "depths": ("f", ("V", "R", "R")),
+    "viewmats": ("f", ("V", 4, 4)), "Ks": ("f", ("V", 3, 3))}
 _OPTIONAL = {"uvs", "materials", "object_counts", "depths"}
 
 
@@ -181,8 +182,8 @@ def check_request(request: Request, limits: Limits = LIMITS) -> None:
             _check_array(name, arrays[name], kind, shape, sizes)
         elif name not in optional:
             raise InputError("missing_array", f"The request has no '{name}'.", "Update the add-on and the server.")
-    largest = max([max(a.shape[-3:-1], default=0) for n, a in arrays.items() if n.startswith(("views", "texture_", "video"))],
-                  default=0)
+    pictures = [array.shape[-3:-1] for name, array in arrays.items() if name.startswith(("views", "texture_", "video"))]
+    largest = max((size for shape in pictures for size in shape), default=0)
     for size, limit, what in ((sizes["N"], limits.vertices, "vertices"), (sizes["T"], limits.faces, "triangles"),
                               (sizes["V"], limits.views, "views"), (sizes.get("F", 0), limits.frames, "frames"),
                               (largest, limits.pixels, "pixels in width or height of a picture")):
@@ -190,29 +191,34 @@ def check_request(request: Request, limits: Limits = LIMITS) -> None:
             raise InputError("too_large", f"The request has {size} {what}; the server takes {limit}.",
                              "Simplify the object, or use smaller pictures.")
     if not sizes["N"] or not sizes["T"] or not sizes["V"]:
-        raise InputError("empty_mesh", f"The request has {sizes['N']} vertices, {sizes['T']} triangles and {sizes['V']} views.",
+        raise InputError("empty_mesh",
+                         f"The request has {sizes['N']} vertices, {sizes['T']} triangles and {sizes['V']} views.",
                          "Choose an object with a surface.")
     _check_indices(request, sizes)
 
 
 def _check_settings(settings: Settings, objects: list[str], limits: Limits) -> None:
     if settings.preset not in PRESETS:
-        raise InputError("bad_settings", f"The preset '{settings.preset}' is not known.", f"Use one of {', '.join(PRESETS)}.")
+        raise InputError("bad_settings", f"The preset '{settings.preset}' is not known.",
+                         f"Use one of {', '.join(PRESETS)}.")
     if settings.task not in TASKS:
         raise InputError("bad_settings", f"The task '{settings.task}' is not known.", f"Use one of {', '.join(TASKS)}.")
     if settings.front not in FRONTS:
-        raise InputError("bad_front", f"The front axis '{settings.front}' is not known.", f"Use one of {', '.join(FRONTS)}.")
+        raise InputError("bad_front", f"The front axis '{settings.front}' is not known.",
+                         f"Use one of {', '.join(FRONTS)}.")
     if not 2 <= settings.frames <= limits.frames:
         raise InputError("bad_settings", f"{settings.frames} frames were asked for.", f"Ask for 2 to {limits.frames}.")
     if not 0 <= settings.seed < 2**63:
-        raise InputError("bad_settings", f"The seed {settings.seed} is out of range.", "Use a number from 0 to 2^63 - 1.")
+        raise InputError("bad_settings", f"The seed {settings.seed} is out of range.",
+                         "Use a number from 0 to 2^63 - 1.")
     if len(settings.prompt) > limits.prompt:
         raise InputError("prompt_too_long", f"The prompt has {len(settings.prompt)} characters.",
                          f"Use at most {limits.prompt}.")
     if settings.task == "animate" and not settings.prompt.strip():
         raise InputError("empty_prompt", "The prompt is empty.", 'Say what happens, for example "the fox is running".')
     if not isinstance(objects, list) or not all(isinstance(name, str) and len(name) <= 1024 for name in objects):
-        raise InputError("bad_settings", "The object names are not a list of texts.", "Update the add-on and the server.")
+        raise InputError("bad_settings", "The object names are not a list of texts.",
+                         "Update the add-on and the server.")
     if len(objects) > limits.objects:
         raise InputError("too_large", f"The request has {len(objects)} objects; the server takes {limits.objects}.",
                          "Join some, or choose fewer.")
@@ -224,9 +230,9 @@ def _check_array(name: str, array: np.ndarray, kind: str, shape: tuple, sizes: d
         same = all(want is None or (sizes.setdefault(want, size) if isinstance(want, str) else want) == size
                    for want, size in zip(shape, array.shape))
     if not same:
-        raise InputError("bad_array", f"The array '{name}' is {array.dtype} {list(array.shape)}, not of kind '{kind}' and "
-                         f"shape {[sizes.get(want, want) if isinstance(want, str) else want for want in shape]}.",
-                         "Update the add-on and the server.")
+        wanted = [sizes.get(want, want) if isinstance(want, str) else want for want in shape]
+        raise InputError("bad_array", f"The array '{name}' is {array.dtype} {list(array.shape)}, "
+                         f"not of kind '{kind}' and shape {wanted}.", "Update the add-on and the server.")
 
 
 def _check_indices(request: Request, sizes: dict[str, int]) -> None:
@@ -240,8 +246,10 @@ def _check_indices(request: Request, sizes: dict[str, int]) -> None:
                          "Use 'Mesh > Clean Up' on the object.")
     textures = sum(name.startswith("texture_") for name in arrays)
     if any(f"texture_{index}" not in arrays for index in range(textures)):
-        raise InputError("bad_array", f"The {textures} textures are not numbered from 0.", "Update the add-on and the server.")
-    if "materials" in arrays and textures and not 0 <= arrays["materials"].min() <= arrays["materials"].max() < textures:
+        raise InputError("bad_array", f"The {textures} textures are not numbered from 0.",
+                         "Update the add-on and the server.")
+    materials = arrays.get("materials")
+    if materials is not None and textures and not 0 <= materials.min() <= materials.max() < textures:
         raise InputError("bad_materials", f"A triangle uses a material outside 0..{textures - 1}.",
                          "Update the add-on and the server.")
     counts = arrays.get("object_counts")

@@ -27,8 +27,9 @@ def test_keys_do_not_appear_in_logs():
     assert "ccc" not in repr(CONNECTION) and "ccc" not in f"{CONNECTION}"
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"address": "http://x", "server_key": "", "public_key": "", "secret_key": ""}',
-                                     '{"address": "tcp://x:1", "server_key": 1, "public_key": 2, "secret_key": 3}', "\u00fc"])
+@pytest.mark.parametrize("content", [
+    "", "{}", "[]", "\u00fc", '{"address": "http://x", "server_key": "", "public_key": "", "secret_key": ""}',
+    '{"address": "tcp://x:1", "server_key": 1, "public_key": 2, "secret_key": 3}'])
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "file").write_text(content, encoding="utf-8")
     with pytest.raises(TransportError) as caught:

@@ -11,7 +11,8 @@ from track4d_protocol.space import intrinsics, orbit_viewmats
 def make_request(**settings) -> Request:
     """Two triangles of two objects with two materials."""
     arrays = {
-        "vertices": np.random.default_rng(0).random((6, 3), np.float32), "faces": np.array([[0, 1, 2], [3, 4, 5]], np.int32),
+        "vertices": np.random.default_rng(0).random((6, 3), np.float32),
+        "faces": np.array([[0, 1, 2], [3, 4, 5]], np.int32),
         "uvs": np.zeros((2, 3, 2), np.float32), "materials": np.array([0, 1], np.int32),
         "texture_0": np.zeros((1, 1, 3), np.uint8), "texture_1": np.zeros((4, 8, 3), np.uint8),
         "object_counts": np.array([3, 3], np.int32), "views": np.zeros((4, 16, 16, 4), np.uint8),
@@ -48,30 +49,45 @@ def test_settings_out_of_range_are_refused(code, settings):
 
 
 @pytest.mark.parametrize("code, name, array", [
-    ("bad_array", "vertices", np.zeros((6, 2), np.float32)), ("bad_array", "vertices", np.zeros((6, 3), np.int32)),
-    ("bad_array", "faces", np.zeros((2, 4), np.int32)), ("bad_faces", "faces", np.array([[0, 1, 6]] * 2, np.int32)),
-    ("bad_faces", "faces", np.array([[0, 1, -1]] * 2, np.int32)), ("bad_array", "uvs", np.zeros((3, 3, 2), np.float32)),
-    ("bad_materials", "materials", np.array([0, 2], np.int32)), ("bad_array", "texture_0", np.zeros((1, 1, 4), np.uint8)),
-    ("bad_array", "texture_3", np.zeros((1, 1, 3), np.uint8)), ("bad_array", "object_counts", np.array([3, 4], np.int32)),
-    ("bad_array", "object_counts", np.array([6], np.int32)), ("bad_array", "views", np.zeros((4, 16, 8, 4), np.uint8)),
-    ("bad_array", "views", np.zeros((3, 16, 16, 4), np.uint8)), ("not_finite", "vertices", np.full((6, 3), np.nan, np.float32)),
-    ("not_finite", "viewmats", np.full((4, 4, 4), np.inf, np.float32)), ("too_large", "texture_0", np.zeros((1, 5000, 3), np.uint8)),
-    ("bad_array", "vertices", np.zeros((0, 3), np.float32))])
+    ("bad_array", "vertices", np.zeros((6, 2), np.float32)),
+    ("bad_array", "vertices", np.zeros((6, 3), np.int32)),
+    ("not_finite", "vertices", np.full((6, 3), np.nan, np.float32)),
+    ("bad_array", "faces", np.zeros((2, 4), np.int32)),
+    ("bad_faces", "faces", np.array([[0, 1, 6]] * 2, np.int32)),
+    ("bad_faces", "faces", np.array([[0, 1, -1]] * 2, np.int32)),
+    ("bad_array", "uvs", np.zeros((3, 3, 2), np.float32)),
+    ("bad_materials", "materials", np.array([0, 2], np.int32)),
+    ("bad_array", "texture_0", np.zeros((1, 1, 4), np.uint8)),
+    ("bad_array", "texture_3", np.zeros((1, 1, 3), np.uint8)),
+    ("too_large", "texture_0", np.zeros((1, 5000, 3), np.uint8)),
+    ("bad_array", "object_counts", np.array([3, 4], np.int32)),
+    ("bad_array", "object_counts", np.array([6], np.int32)),
+    ("bad_array", "views", np.zeros((4, 16, 8, 4), np.uint8)),
+    ("bad_array", "views", np.zeros((3, 16, 16, 4), np.uint8)),
+    ("not_finite", "viewmats", np.full((4, 4, 4), np.inf, np.float32))])
 def test_arrays_that_do_not_fit_are_refused(code, name, array):
     request = make_request()
     request.arrays[name] = array
-    if name == "vertices" and len(array) == 0:
-        code = "empty_mesh"
     with pytest.raises(InputError) as caught:
         check_request(request)
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("limits", [Limits(vertices=5), Limits(faces=1), Limits(views=3), Limits(pixels=15), Limits(objects=1)])
+@pytest.mark.parametrize("limits", [Limits(vertices=5), Limits(faces=1), Limits(views=3), Limits(pixels=15),
+                                    Limits(objects=1)])
 def test_sizes_have_limits(limits):
     with pytest.raises(InputError) as caught:
         check_request(make_request(), limits)
     assert caught.value.code == "too_large"
+
+
+def test_a_mesh_without_triangles_is_refused():
+    request = make_request()
+    request.arrays |= {"faces": np.zeros((0, 3), np.int32), "uvs": np.zeros((0, 3, 2), np.float32),
+                       "materials": np.zeros(0, np.int32)}
+    with pytest.raises(InputError) as caught:
+        check_request(request)
+    assert caught.value.code == "empty_mesh"
 
 
 def test_settings_and_jobs_come_back():

@@ -1,4 +1,4 @@
-"""The service: a broker that never loses a job, and one worker process that does the work. Importing it is quick: no torch."""
+"""The service: a broker that loses no job, and one worker process that does the work. It imports without torch."""
 
 from .access import grant
 from .broker import serve

@@ -18,7 +18,7 @@ log = logging.getLogger("track4d.service")
 
 
 def server_keys(home: Path) -> Connection:
-    """The server's own key pair, made once per home, so that connection files stay valid; in the form of a connection file.
+    """The server's own key pair, in the form of a connection; made once per home, so that connection files stay valid.
 
     Raises:
         OSError: the home can't be written.
@@ -31,7 +31,7 @@ def server_keys(home: Path) -> Connection:
 
 
 def grant(home: Path, name: str, address: str) -> Connection:
-    """Makes a key pair for a client, lets it in, and returns what the client needs; the secret key is kept nowhere else.
+    """Makes a key pair for a client and lets it in; the secret key is kept nowhere but in what is returned.
 
     Args:
         name: of the client, letters, digits and "-".
@@ -52,8 +52,8 @@ def grant(home: Path, name: str, address: str) -> Connection:
 class Gatekeeper:
     """Answers ZeroMQ's question whether a key may connect.
 
-    Keys are the files of `client-keys` (one public key each, Z85; read at every question, so that removing a file locks a
-    client out at its next connection) and the worker's.
+    Keys are the files of `client-keys` (one public key each, Z85; read at every question, so that removing a file locks
+    a client out at its next connection) and the worker's.
 
     Args:
         context: of the server's socket, which must be bound after this is made.

@@ -1,13 +1,12 @@
-"""The broker: one thread, one socket, one poller. It takes requests, keeps them, hands them to the worker and tells who watches.
+"""The broker: one thread, one socket, one poller. It keeps requests, hands them to the worker and tells who watches.
 
-See docs/protocol.md for what travels. The store is the truth about jobs; the broker adds what changes several times a second.
+See docs/protocol.md for what travels. The store is the truth about jobs; the broker adds what changes every moment.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import re
 import signal
@@ -28,14 +27,13 @@ from track4d_protocol.filelock import FileLock
 from track4d_protocol.keys import CONNECTION_FILE, Connection, write_connection
 from track4d_protocol.limits import LIMITS
 from track4d_protocol.local import LOG_FILE, SERVER_LOCK
-from track4d_protocol.messages import Job, JobState, Request, Settings, check_request
+from track4d_protocol.messages import JobState, Request, Settings, check_request
 
 from .access import LOCAL_CLIENT, Gatekeeper, grant, private_folder, server_keys
-from .process import WorkerProcess
 from .store import Store, result_path, storing
+from .supervisor import Supervisor
 
 _HEARTBEAT = 1.0  # seconds between two signs of life
-_GRACE = 3.0  # seconds that a worker has to stop a cancelled job before it is killed
 _TICK = 0.2  # seconds after which the broker looks at the worker's process
 _OUTBOX = 64  # answers that wait for a client that doesn't read; one more and it is dropped
 _Answer = tuple[str, dict[str, Any], dict[str, np.ndarray]]  # kind, body, arrays
@@ -52,20 +50,6 @@ class _Peer:
     news: set[str] = field(default_factory=set)  # jobs that changed since it was told
 
 
-@dataclass
-class _Running:
-    """The worker's job, and what is known about it beyond the store."""
-
-    job_id: str
-    stage: str = ""
-    step: int = 0
-    total: int = 0
-    seconds_left: float | None = None
-    preview: np.ndarray | None = None
-    preview_number: int = 0
-    kill_at: float | None = None  # set by a cancel
-
-
 def serve(home: Path, address: str = "tcp://127.0.0.1:*", work: str = "track4d.pipeline:run") -> None:
     """Runs the server until SIGTERM, SIGINT or a local client's shutdown.
 
@@ -76,7 +60,8 @@ def serve(home: Path, address: str = "tcp://127.0.0.1:*", work: str = "track4d.p
 
     Raises:
         InputError: `bad_address`.
-        ServerError: `curve_missing`, `home_unwritable`, `already_running`, `address_in_use`, `store_damaged`, `disk_full`.
+        ServerError: `curve_missing`, `home_unwritable`, `already_running`, `address_in_use`, `store_damaged`,
+            `disk_full`.
     """
     if not zmq.has("curve"):
         raise ServerError("curve_missing", "This build of ZeroMQ can't encrypt.", "Install pyzmq from its wheel.")
@@ -85,7 +70,8 @@ def serve(home: Path, address: str = "tcp://127.0.0.1:*", work: str = "track4d.p
         private_folder(home)
         lock = FileLock(home / SERVER_LOCK)
         if not lock.acquire():
-            raise ServerError("already_running", f"A server runs in '{home}' already.", "Use that one, or stop it first.")
+            raise ServerError("already_running", f"A server runs in '{home}' already.",
+                              "Use that one, or stop it first.")
     with lock, _logging_to(home):
         lock.note(str(os.getpid()))
         broker = Broker(home, address, work)
@@ -102,13 +88,6 @@ class Broker:
         self._home, self._work = home, work
         self._stopping = threading.Event()
         self._peers: dict[bytes, _Peer] = {}
-        self._running: _Running | None = None
-        self._unsaved: list[Job] = []
-        self._info = {"device": "", "model": ""}
-        self._worker: WorkerProcess | None = None
-        self._worker_count = 0
-        self._early_ends = 0  # of workers that never were ready, in a row
-        self._broken: dict[str, str] | None = None  # why no worker can start
         self._beaten = 0.0
         with contextlib.ExitStack() as cleanup:  # a context that isn't ended properly would hang the interpreter's exit
             self._store = Store(home)
@@ -123,19 +102,18 @@ class Broker:
                 cleanup.callback(self._socket.close, linger=200)
                 bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
                 self._local = bound.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-                self._server_key = keys.server_key
                 write_connection(home / CONNECTION_FILE, grant(home, LOCAL_CLIENT, self._local))
                 cleanup.callback((home / CONNECTION_FILE).unlink, missing_ok=True)
             self._cleanup = cleanup.pop_all()
+        self._supervisor = Supervisor(home, work, self._store, replace(keys, address=self._local),
+                                      self._gatekeeper.admit, self._to_worker, self._tell_about)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._gatekeeper.socket, zmq.POLLIN)
         self._answers: dict[str, Callable[[_Peer, codec.Message, str], _Answer]] = {
-            "hello": self._hello, "submit": self._submit, "watch": self._watch, "jobs": self._jobs, "cancel": self._cancel,
-            "fetch": self._fetch, "chunk": self._chunk, "forget": self._forget, "shutdown": self._shutdown}
-        self._events: dict[str, Callable[[codec.Message], None]] = {
-            "worker_ready": self._worker_ready, "worker_broken": self._worker_broken, "worker_progress": self._worker_progress,
-            "worker_done": self._worker_done, "worker_failed": self._worker_failed, "worker_cancelled": self._worker_cancelled}
+            "hello": self._hello, "submit": self._submit, "watch": self._watch, "jobs": self._jobs,
+            "cancel": self._cancel, "fetch": self._fetch, "chunk": self._chunk, "forget": self._forget,
+            "shutdown": self._shutdown}
         log.info("server %s listens at %s", __version__, bound)
         if not self._local.startswith(("tcp://127.", "tcp://[::1]")) or self._local != bound:
             log.warning("other machines can reach this server; it lets in the keys in '%s' only", home / "client-keys")
@@ -145,7 +123,6 @@ class Broker:
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(name, lambda *_: self._stopping.set())
-        self._start_worker()
         while not self._stopping.is_set():
             waiting = any(peer.outbox or peer.news for peer in self._peers.values())
             events = dict(self._poller.poll(int((_TICK / 4 if waiting else _TICK) * 1000)))
@@ -153,20 +130,14 @@ class Broker:
                 self._gatekeeper.answer()
             if self._socket in events:
                 self._receive()
-            self._tend_worker()
-            self._save()
-            self._dispatch()
+            self._supervisor.tend()
             self._beat()
             for peer in list(self._peers.values()):
                 self._deliver(peer)
 
     def close(self) -> None:
         """Ends the worker and the socket, and takes the connection file away. Jobs wait for the next start."""
-        if self._worker is not None:
-            self._worker.close()
-        if self._running is not None:
-            with contextlib.suppress(ServerError):  # the next start does the same
-                self._store.interrupted(self._running.job_id)
+        self._supervisor.close()
         for peer in list(self._peers.values()):
             self._deliver(peer)
         self._cleanup.close()
@@ -174,8 +145,10 @@ class Broker:
 
     def _listen(self, address: str, keys: Connection) -> zmq.Socket:
         match = re.fullmatch(r"tcp://[^/]+:(\*|\d{1,5})", address)
-        if match is None or (match[1] != "*" and not 0 < int(match[1]) < 65536):  # ZeroMQ would take a port modulo 65536
-            raise InputError("bad_address", f"'{address}' is not an address.", "Use tcp://host:port, with * for a free port.")
+        port = match[1] if match else ""
+        if port != "*" and not 0 < int(port or 0) < 65536:  # ZeroMQ would take a port modulo 65536
+            raise InputError("bad_address", f"'{address}' is not an address.",
+                             "Use tcp://host:port, with * for a free port.")
         socket = self._context.socket(zmq.ROUTER)
         socket.linger = 0
         socket.ipv6 = "[" in address
@@ -209,7 +182,7 @@ class Broker:
                 return
             user = _user(frames)
             if user.startswith("worker:"):
-                self._from_worker(identity.bytes, user, frames)
+                self._supervisor.hear(identity.bytes, user, [frame.buffer for frame in frames])
             else:
                 self._from_client(identity.bytes, user, frames)
 
@@ -241,37 +214,34 @@ class Broker:
             self._deliver(peer)
 
     def _hello(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
-        state = "failed" if self._broken else "starting" if self._worker is None else self._worker.state
         return "hello", {"server_version": __version__, "protocol": PROTOCOL_VERSION, "limits": LIMITS.to_dict(),
-                         "worker": state, "worker_error": self._broken, **self._info}, {}
+                         **self._supervisor.about_worker()}, {}
 
     def _submit(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
-        request = Request(Settings.from_dict(message.body.get("settings")), message.body.get("objects", []), message.arrays)
+        request = Request(Settings.from_dict(message.body.get("settings")), message.body.get("objects", []),
+                          message.arrays)
         check_request(request)
         job = self._store.add(message.body.get("job", ""), request, tick=self._beat)
-        self._broken = None
+        self._supervisor.try_again()
         return self._about(job.id)
 
     def _watch(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         job_id = self._store.get(message.body.get("job", "")).id
         kind, body, arrays = self._about(job_id, with_preview=True)
-        peer.watched[job_id] = self._running.preview_number if self._running and self._running.job_id == job_id else 0
+        peer.watched[job_id] = self._supervisor.preview_number(job_id)
         peer.news.add(job_id)  # so that whoever only polls learns of a job that ended before it was watched
         return kind, body, arrays
 
     def _jobs(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
-        return "jobs", {"jobs": [self._current(job).to_dict() for job in self._store.all()]}, {}
+        return "jobs", {"jobs": [self._supervisor.current(job).to_dict() for job in self._store.all()]}, {}
 
     def _cancel(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         job = self._store.get(message.body.get("job", ""))
         if job.state is JobState.QUEUED:
             self._store.finish(replace(job, state=JobState.CANCELLED))
             self._tell_about(job.id, *self._store.queue())
-        elif self._running is not None and self._running.job_id == job.id and self._running.kill_at is None:
-            self._store.cancelling(job.id)
-            self._running.kill_at = time.monotonic() + _GRACE
-            self._to_worker("cancel", {"job": job.id})
-            self._tell_about(job.id)
+        elif job.state is JobState.RUNNING:
+            self._supervisor.cancel(job.id)
         return self._about(job.id)
 
     def _fetch(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
@@ -280,7 +250,8 @@ class Broker:
     def _chunk(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         start = message.body.get("start")
         if type(start) is not int or start < 0:
-            raise InputError("bad_message", f"A part of a result can't start at {start!r}.", "Update the add-on and the server.")
+            raise InputError("bad_message", f"A part of a result can't start at {start!r}.",
+                             "Update the add-on and the server.")
         with open(self._finished(message), "rb") as file:
             file.seek(start)
             return "chunk", {}, {"chunk": np.frombuffer(file.read(LIMITS.chunk_bytes), np.uint8)}
@@ -293,7 +264,8 @@ class Broker:
             raise InputError("job_not_done", f"The job '{job.id}' is {job.state.value}.", "Wait until it is done.")
         path = result_path(self._home, job.id)
         if not path.exists():
-            raise ServerError("result_lost", f"The result of the job '{job.id}' is not on the disk any more.", "Start it again.")
+            raise ServerError("result_lost", f"The result of the job '{job.id}' is not on the disk any more.",
+                              "Start it again.")
         return path
 
     def _forget(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
@@ -317,21 +289,9 @@ class Broker:
     # Messages out
 
     def _about(self, job_id: str, with_preview: bool = False) -> _Answer:
-        job = self._current(self._store.get(job_id))
+        job = self._supervisor.current(self._store.get(job_id))
         preview = job.preview if with_preview else None
         return "job", {"job": job.to_dict()}, {} if preview is None else {"preview": preview}
-
-    def _current(self, job: Job) -> Job:
-        """A job of the store with what the broker knows beyond it."""
-        running = self._running
-        if running is not None and running.job_id == job.id:
-            stage = running.stage if running.kill_at is None else "cancelling"
-            return replace(job, state=JobState.RUNNING, stage=stage, step=running.step, total=running.total,
-                           seconds_left=running.seconds_left, preview=running.preview)
-        if job.state is JobState.QUEUED:
-            queue = self._store.queue()
-            return replace(job, queue_position=queue.index(job.id) + 1 if job.id in queue else 0)
-        return job
 
     def _tell_about(self, *job_ids: str) -> None:
         """Marks jobs as changed for everybody who watches them; what is sent is their state at the time of sending."""
@@ -345,12 +305,15 @@ class Broker:
                 return
             peer.outbox.popleft()
         for job_id in list(peer.news):
-            number = self._running.preview_number if self._running and self._running.job_id == job_id else 0
+            number = self._supervisor.preview_number(job_id)
             _, body, arrays = self._about(job_id, with_preview=number > peer.watched[job_id])
             if not self._send(peer, codec.encode("progress", body, arrays)):
                 return
             peer.watched[job_id] = max(number, peer.watched[job_id])
             peer.news.discard(job_id)
+
+    def _to_worker(self, identity: bytes, kind: str, body: dict[str, Any]) -> None:
+        self._send(_Peer(identity), codec.encode(kind, body))
 
     def _beat(self) -> None:
         """A sign of life to every client, once a second; who has left is forgotten."""
@@ -373,156 +336,6 @@ class Broker:
                 raise
             self._peers.pop(peer.identity, None)
             return False
-
-    # The worker
-
-    def _start_worker(self) -> None:
-        self._worker_count += 1
-        name = f"worker:{self._worker_count}"
-        public, secret = zmq.curve_keypair()
-        self._gatekeeper.admit(public, name)
-        self._worker = WorkerProcess(self._home, self._work, Connection(self._local, self._server_key, public, secret), name)
-        log.info("%s started as process %d", name, self._worker.pid)
-
-    def _to_worker(self, kind: str, body: dict[str, Any]) -> None:
-        if self._worker is not None and self._worker.identity is not None:
-            self._send(_Peer(self._worker.identity), codec.encode(kind, body))
-
-    def _from_worker(self, identity: bytes, user: str, frames: list[zmq.Frame]) -> None:
-        if self._worker is None or user != self._worker.name:
-            return  # the last words of one that was killed
-        self._worker.identity = identity
-        try:
-            message = codec.decode([frame.buffer for frame in frames])
-            about = message.body.get("job")
-            if about is None or (self._running is not None and self._running.job_id == about):
-                self._events[message.kind](message)
-        except Exception:  # noqa: BLE001  the worker runs code of others; whatever it says, the server goes on
-            log.exception("a message of %s failed", user)
-
-    def _worker_ready(self, message: codec.Message) -> None:
-        assert self._worker is not None
-        self._worker.state = "ready"
-        self._early_ends = 0
-        self._info = {"device": message.body["device"], "model": message.body["model"]}
-        log.info("%s is ready", self._worker.name)
-
-    def _worker_broken(self, message: codec.Message) -> None:
-        self._give_up(message.body["error"])
-
-    def _worker_progress(self, message: codec.Message) -> None:
-        running, body = self._running, message.body
-        assert running is not None
-        running.stage, running.step, running.total = body["stage"], body["step"], body["total"]
-        running.seconds_left = body["seconds_left"]
-        if "preview" in message.arrays:
-            running.preview = message.arrays["preview"].copy()
-            running.preview_number += 1
-        self._tell_about(running.job_id)
-
-    def _worker_done(self, message: codec.Message) -> None:
-        cancelled = self._running is not None and self._running.kill_at is not None
-        self._end_job(JobState.CANCELLED if cancelled else JobState.DONE)
-
-    def _worker_failed(self, message: codec.Message) -> None:
-        cancelled = self._running is not None and self._running.kill_at is not None
-        self._end_job(JobState.CANCELLED if cancelled else JobState.FAILED, message.body["error"])
-
-    def _worker_cancelled(self, message: codec.Message) -> None:
-        self._end_job(JobState.CANCELLED)
-
-    def _tend_worker(self) -> None:
-        """Kills a worker that ignores a cancel, and replaces one that ended."""
-        worker, running = self._worker, self._running
-        if running is not None and running.kill_at is not None and time.monotonic() > running.kill_at and worker is not None:
-            log.warning("%s ignores a cancel; killed", worker.name)
-            worker.kill()
-            running.kill_at = math.inf
-        if worker is None:
-            if self._broken is None:
-                self._start_worker()
-            return
-        code = worker.ended()
-        if code is None:
-            return
-        self._receive()  # its last words may have arrived
-        if self._worker is not worker:
-            return
-        log.log(logging.INFO if self._broken else logging.WARNING, "%s ended with code %d", worker.name, code)
-        worker.close()
-        self._worker = None
-        if self._running is not None:
-            self._job_crashed(self._running, code)
-        elif worker.state == "starting" and self._broken is None:
-            self._early_ends += 1
-            if self._early_ends >= 2:
-                self._give_up(_died(code).to_dict())
-
-    def _job_crashed(self, running: _Running, code: int) -> None:
-        if running.kill_at is not None:
-            self._end_job(JobState.CANCELLED)
-        elif self._store.crashed(running.job_id):
-            self._running = None
-            log.warning("job %s waits for another worker", running.job_id)
-            self._tell_about(*self._store.queue())
-        else:
-            self._end_job(JobState.FAILED, _died(code).to_dict())
-
-    def _give_up(self, error: dict[str, str]) -> None:
-        """No worker can start: jobs that wait fail with the reason, and the next request tries again."""
-        self._broken = error
-        for job_id in self._store.queue():
-            job = replace(self._store.get(job_id), state=JobState.FAILED, error=error)
-            self._unsaved.append(job)
-
-    def _dispatch(self) -> None:
-        worker = self._worker
-        if self._running is not None or worker is None or worker.state != "ready":
-            return
-        queue = self._store.queue()
-        if not queue:
-            return
-        job = self._store.get(queue[0])
-        try:
-            self._store.start(job.id)
-        except ServerError as error:
-            log.error("job %s can't start: %s", job.id, error)
-            return
-        worker.state = "busy"
-        self._running = _Running(job.id)
-        self._to_worker("work", {"job": job.id, "queued_seconds": max(0.0, time.time() - job.created)})
-        self._tell_about(*queue)
-
-    def _end_job(self, state: JobState, error: dict[str, str] | None = None) -> None:
-        running = self._running
-        assert running is not None
-        job = replace(self._store.get(running.job_id), state=state, stage=running.stage, step=running.step, total=running.total,
-                      error=error if state is JobState.FAILED else None)
-        log.info("job %s is %s%s", job.id, state.value, f": {job.error}" if job.error else "")
-        self._running = None
-        if self._worker is not None:
-            self._worker.state = "ready"
-        self._unsaved.append(job)
-        self._save()
-
-    def _save(self) -> None:
-        """Keeps final states; while the disk refuses, they wait here."""
-        while self._unsaved:
-            job = self._unsaved[0]
-            try:
-                self._store.finish(job)
-            except ServerError as error:
-                if time.monotonic() - self._beaten > _HEARTBEAT:
-                    log.error("the end of job %s can't be kept: %s", job.id, error)
-                return
-            self._unsaved.pop(0)
-            self._tell_about(job.id, *self._store.queue())
-
-
-def _died(code: int) -> ServerError:
-    how = f"signal {-code}" if code < 0 else f"code {code}"
-    return ServerError("worker_died", f"The worker process ended in the middle ({how}), probably for lack of memory.",
-                       f"Use the preset 'fast' or a simpler object; '{LOG_FILE}' has the details.")
 
 
 def _user(frames: list[zmq.Frame]) -> str:

@@ -24,10 +24,11 @@ class WorkerProcess:
         self.name = name
         self.identity: bytes | None = None  # of its socket, known from its first message
         self.state = "starting"
-        setup = {"home": str(home), "work": work, "address": connection.address, "server": connection.server_key.decode(),
-                 "public": connection.public_key.decode(), "secret": connection.secret_key.decode()}
+        setup = {"home": str(home), "work": work, "address": connection.address,
+                 "server": connection.server_key.decode(), "public": connection.public_key.decode(),
+                 "secret": connection.secret_key.decode()}
         flags = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # 0 outside Windows
-        with open(home / LOG_FILE, "ab") as output:  # the folder is the home, so that no file of the user's shadows a module
+        with open(home / LOG_FILE, "ab") as output:  # runs in the home, where no file of the user's shadows a module
             self._process = subprocess.Popen([sys.executable, "-m", "track4d.service.worker"], stdin=subprocess.PIPE,
                                              stdout=output, stderr=output, cwd=home, creationflags=flags)
         assert self._process.stdin is not None

@@ -28,10 +28,20 @@ MAX_RESTARTS = 5  # of the server under one job
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL, stage TEXT NOT NULL DEFAULT '',
-    step INTEGER NOT NULL DEFAULT 0, total INTEGER NOT NULL DEFAULT 0, error TEXT, objects TEXT NOT NULL, prompt TEXT NOT NULL,
-    created REAL NOT NULL, cancelling INTEGER NOT NULL DEFAULT 0, crashes INTEGER NOT NULL DEFAULT 0,
-    restarts INTEGER NOT NULL DEFAULT 0);
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT UNIQUE NOT NULL,
+    state TEXT NOT NULL,
+    stage TEXT NOT NULL DEFAULT '',
+    step INTEGER NOT NULL DEFAULT 0,
+    total INTEGER NOT NULL DEFAULT 0,
+    error TEXT,
+    objects TEXT NOT NULL,
+    prompt TEXT NOT NULL,
+    created REAL NOT NULL,
+    cancelling INTEGER NOT NULL DEFAULT 0,
+    crashes INTEGER NOT NULL DEFAULT 0,
+    restarts INTEGER NOT NULL DEFAULT 0
+);
 """
 
 
@@ -85,7 +95,8 @@ class Store:
             ServerError: `queue_full`, `disk_full`, `home_unwritable`.
         """
         if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
-            raise InputError("bad_job_id", f"The job id {job_id!r:.80} is malformed.", "Use 1 to 64 letters, digits, - and _.")
+            raise InputError("bad_job_id", f"The job id {job_id!r:.80} is malformed.",
+                             "Use 1 to 64 letters, digits, - and _.")
         with contextlib.suppress(InputError):
             return self.get(job_id)
         waiting = len(self.queue())
@@ -111,7 +122,8 @@ class Store:
         """
         row = self._database.execute("SELECT * FROM jobs WHERE id = ?", (str(job_id),)).fetchone()
         if row is None:
-            raise InputError("unknown_job", f"The server has no job '{job_id!s:.80}'.", "It may have been removed; start it again.")
+            raise InputError("unknown_job", f"The server has no job '{job_id!s:.80}'.",
+                             "It may have been removed; start it again.")
         return _job(row)
 
     def all(self) -> list[Job]:
@@ -132,13 +144,13 @@ class Store:
         self._update(job_id, cancelling=1)
 
     def interrupted(self, job_id: str) -> None:
-        """The server ends in good order while the job runs: it waits for the next start, unless the user had cancelled it."""
+        """The server ends in good order: the running job waits for the next start, or is cancelled if asked."""
         with storing(self.home):
             self._database.execute("UPDATE jobs SET state = CASE cancelling WHEN 1 THEN ? ELSE ? END WHERE id = ?",
                                    (JobState.CANCELLED.value, JobState.QUEUED.value, job_id))
 
     def crashed(self, job_id: str) -> bool:
-        """Counts a worker's end under a job and puts the job back into the queue; False when that was once too often."""
+        """Counts a worker's end under a job and puts the job back into the queue; False when that was too often."""
         self._update(job_id, counting="crashes", state=JobState.QUEUED.value)
         row = self._database.execute("SELECT crashes FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return row["crashes"] < MAX_CRASHES
@@ -177,7 +189,8 @@ class Store:
             elif row["cancelling"]:
                 self._update(job.id, state=JobState.CANCELLED.value)
             elif row["restarts"] + 1 >= MAX_RESTARTS:
-                error = ServerError("worker_died", f"The server ended {MAX_RESTARTS} times while it worked on this job.",
+                error = ServerError("worker_died",
+                                    f"The server ended {MAX_RESTARTS} times while it worked on this job.",
                                     "Use a smaller object or the preset 'fast'.")
                 self._update(job.id, state=JobState.FAILED.value, error=json.dumps(error.to_dict()))
             else:

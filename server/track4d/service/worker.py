@@ -1,7 +1,8 @@
 """The worker: one process that imports the pipeline, does one job at a time, and may die without harm to the server.
 
-It talks to the broker over the same encrypted socket as clients do, with a key pair of its own; requests and results stay on
-disk. The broker holds the other end of its standard input: when that closes, the server is gone and the worker ends too.
+It talks to the broker over the same encrypted socket as clients do, with a key pair of its own; requests and results
+stay on disk. The broker holds the other end of its standard input: when that closes, the server is gone and the worker
+ends too.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class _Link:
         self._socket.connect(setup["address"])
         self._lock = threading.Lock()  # the pipeline may report from a thread of its own
 
-    def say(self, kind: str, body: dict[str, Any], arrays: dict[str, np.ndarray] | None = None, wait: bool = True) -> None:
+    def say(self, kind: str, body: dict[str, Any], arrays: dict[str, np.ndarray] | None = None,
+            wait: bool = True) -> None:
         frames = codec.encode(kind, body, arrays)
         with self._lock:
             try:
@@ -67,7 +69,7 @@ class _Link:
 
 
 class _JobReport:
-    """The `Report` of one job: sends progress ten times a second, and raises `Cancelled` once the broker asked for it."""
+    """The `Report` of one job: sends progress ten times a second, and raises `Cancelled` when the broker asks."""
 
     def __init__(self, link: _Link, job_id: str) -> None:
         self._link, self._job_id = link, job_id
@@ -132,7 +134,7 @@ def perform(home: Path, job_id: str, work: Callable[[Request, Any], Result], rep
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process in bytes: since the job began on Linux, since the process began elsewhere."""
+    """Peak resident memory of this process in bytes, since the job began (on Linux) or the process (elsewhere)."""
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -154,7 +156,7 @@ def _forget_peak() -> None:
 
 
 def error_of(exception: Exception, job_id: str) -> ServerError:
-    """What the user is told about an exception that isn't a `Track4DError`: that memory is short, or that there is a bug."""
+    """What the user is told about an exception of the pipeline: that memory is short, or that there is a bug."""
     name = type(exception).__name__
     if isinstance(exception, MemoryError) or "OutOfMemory" in name or "CUBLAS_STATUS_ALLOC_FAILED" in str(exception):
         return ServerError("out_of_memory", "The memory was not enough for this job.",
@@ -176,7 +178,8 @@ def load(work: str) -> tuple[Callable[[Request, Any], Result], dict[str, str]]:
         return getattr(module, function), {name: str(info.get(name, "")) for name in ("device", "model")}
     except Exception as error:
         log.exception("'%s' can't be loaded", work)
-        raise ServerError("worker_unusable", f"The server can't load its pipeline: {type(error).__name__}: {str(error)[:300]}",
+        raise ServerError("worker_unusable",
+                          f"The server can't load its pipeline: {type(error).__name__}: {str(error)[:300]}",
                           f"Run track4d doctor; '{LOG_FILE}' has the details.") from error
 
 

@@ -33,7 +33,8 @@ class Server:
     def start(self, address: str = "tcp://127.0.0.1:*", work: str = "service_work:run") -> "Server":
         code = f"from track4d.service import serve; serve({str(self.home)!r}, {address!r}, {work!r})"
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "SERVICE_TEST_MARKER": str(self.marker)}
-        self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE,
+                                        text=True)
         wait_for(lambda: self.connection_file.exists() or self.process.poll() is not None)
         return self
 
@@ -153,5 +154,6 @@ def new_id():
 @pytest.fixture
 def service():
     """The helpers of this module, as the tests are not a package."""
-    return types.SimpleNamespace(wait_for=wait_for, make_request=make_request, finish=finish, running=running, Server=Server,
+    return types.SimpleNamespace(wait_for=wait_for, make_request=make_request, finish=finish, running=running,
+                                 Server=Server,
                                  new_id=lambda: uuid.uuid4().hex)

@@ -51,7 +51,8 @@ def ignore(report) -> None:
 
 
 def fail(report, how) -> None:
-    raise {"input": InputError("bad_thing", "The thing is bad.", "Use another thing."), "bug": KeyError("no such thing"),
+    raise {"input": InputError("bad_thing", "The thing is bad.", "Use another thing."),
+           "bug": KeyError("no such thing"),
            "memory": MemoryError()}[how]
 
 

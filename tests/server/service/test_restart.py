@@ -107,7 +107,8 @@ class TestStore:
     def test_files_of_no_job_are_swept(self, tmp_path, service):
         store = Store(tmp_path)
         store.add("one", service.make_request("quick"))
-        orphan, torn = request_path(tmp_path, "never-acknowledged"), result_path(tmp_path, "one").with_suffix(".result.tmp")
+        orphan = request_path(tmp_path, "never-acknowledged")
+        torn = result_path(tmp_path, "one").with_suffix(".result.tmp")
         orphan.write_bytes(b"x")
         torn.write_bytes(b"x")
         store.close()
