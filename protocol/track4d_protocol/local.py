@@ -49,12 +49,15 @@ def ensure_server(home: Path | None = None, python: str = sys.executable, timeou
                              f"Another program has been starting a server in '{home}' for {timeout:.0f} s.",
                              "Try again; restart this computer if it stays.")
     with starting:
-        process = None if holder(home / SERVER_LOCK) is not None else _start(home, python)
-        return _wait(home, process, deadline)
+        return _wait(home, python, deadline)
 
 
 def stop_server(home: Path | None = None, timeout: float = 10.0) -> None:
     """Ends the server of a home, if one runs. Jobs that wait or run continue at its next start.
+
+    Args:
+        home: folder of jobs and keys; `default_home()` when None.
+        timeout: seconds to wait; after half of them the process is killed, by which nothing is lost either.
 
     Raises:
         TransportError: `server_not_stopped`.
@@ -68,12 +71,14 @@ def stop_server(home: Path | None = None, timeout: float = 10.0) -> None:
         with Client(read_connection(home / CONNECTION_FILE), timeout=2.0) as client:
             client.shutdown()
     except Track4DError:  # too old, too new or too busy to be asked
-        _end(process_id)
-    deadline = time.monotonic() + timeout
+        _end(process_id, signal.SIGTERM)
+    start = time.monotonic()
     while holder(lock) is not None:
-        if time.monotonic() > deadline:
+        if time.monotonic() - start > timeout:
             raise TransportError("server_not_stopped", f"The server (process {process_id}) doesn't end.",
                                  "End it by hand.")
+        if time.monotonic() - start > timeout / 2:
+            _end(process_id, getattr(signal, "SIGKILL", signal.SIGTERM))
         time.sleep(0.05)
     _reap()
 
@@ -98,13 +103,17 @@ def _start(home: Path, python: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def _wait(home: Path, process: subprocess.Popen[bytes] | None, deadline: float) -> Connection:
+def _wait(home: Path, python: str, deadline: float) -> Connection:
+    """Asks until the server answers; starts one, once, when nobody holds the lock (any more)."""
     problem = TransportError("server_not_started", f"The server in '{home}' doesn't answer.",
                              f"See '{home / LOG_FILE}'.")
+    process: subprocess.Popen[bytes] | None = None
     while True:
+        if process is None and holder(home / SERVER_LOCK) is None:
+            process = _start(home, python)
         try:
             connection = read_connection(home / CONNECTION_FILE)
-            with Client(connection, timeout=min(5.0, max(0.5, deadline - time.monotonic()))) as client:
+            with Client(connection, timeout=min(2.0, max(0.5, deadline - time.monotonic()))) as client:
                 client.hello()
             return connection
         except TransportError as error:
@@ -127,10 +136,10 @@ def _last_line(log: Path) -> str:
     return lines[-1][:500] if lines else "no output."
 
 
-def _end(process_id: int) -> None:
+def _end(process_id: int, how: signal.Signals) -> None:
     if process_id > 0:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process_id, signal.SIGTERM)
+            os.kill(process_id, how)
 
 
 def _reap() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -36,11 +37,33 @@ def test_two_that_ask_at_once_get_one_server(tmp_path):
         with pytest.raises(ServerError) as caught:
             serve(home)
         assert caught.value.code == "already_running"
+        with Client(read_connection(home / "connection.json"), timeout=60) as client:
+            client.shutdown()
+        ensure_server(home, timeout=100)  # while the first one may still be ending
+        assert holder(home / "server.lock") not in (None, process_id)
     finally:
         stop_server(home, timeout=60)
     assert holder(home / "server.lock") is None
     assert not (home / "connection.json").exists()
     stop_server(home)  # once more changes nothing
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="a process can't be stopped in the middle on Windows")
+def test_a_server_that_hangs_is_ended_all_the_same(own_server):
+    own_server.start()
+    worker = own_server.worker()
+    os.kill(own_server.process.pid, signal.SIGSTOP)
+    stop_server(own_server.home, timeout=2)
+    own_server.process.wait(20)
+    assert own_server.process.returncode == -signal.SIGKILL and holder(own_server.home / "server.lock") is None
+    assert not worker.is_running() or worker.wait(20) is None
+
+
+def test_other_machines_are_served_only_when_asked(own_server):
+    own_server.start(address="tcp://0.0.0.0:*")
+    assert read_connection(own_server.connection_file).address.startswith("tcp://127.0.0.1:")
+    assert own_server.client().hello()
+    assert "other machines can reach this server" in (own_server.home / "server.log").read_text()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows keeps user folders private by their access lists")
