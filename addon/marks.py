@@ -20,6 +20,11 @@ def read(keys: bpy.types.Key | None) -> dict[str, Any]:
     return mark | {"keys": [name for name in mark.get("keys", []) if name in keys.key_blocks]}
 
 
+def is_animated(obj: bpy.types.Object | None) -> bool:
+    """Whether an object carries a result."""
+    return obj is not None and obj.type == "MESH" and MARK in (obj.data.shape_keys or ())
+
+
 def own_keys(keys: bpy.types.Key | None) -> set[str]:
     """Names of the shape keys that Track4D made."""
     return set(read(keys).get("keys", []))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import bpy
 
+from . import marks
+
 if TYPE_CHECKING:
     from .jobs import ActiveJob, FinishedJob, Problem, State
 
@@ -59,7 +61,7 @@ class VIEW3D_PT_track4d(bpy.types.Panel):
             _draw_job(layout, job, context.region.width)
         if state.problem is not None:
             draw_problem(layout.box(), state.problem, context.region.width, dismissable=True)
-        if state.applied is not None and state.applied["objects"][0] in bpy.data.objects:
+        if state.applied is not None and marks.is_animated(bpy.data.objects.get(state.applied["objects"][0])):
             _draw_applied(layout, state.applied)
         if state.warnings:
             _draw_warnings(layout, state.warnings, context.region.width)

@@ -56,7 +56,7 @@ class TRACK4D_OT_remove_animation(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        if not any(_animated(o) for o in context.selected_objects):
+        if not any(marks.is_animated(o) for o in context.selected_objects):
             cls.poll_message_set("Select an object that Track4D has animated")
             return False
         return True
@@ -65,7 +65,7 @@ class TRACK4D_OT_remove_animation(bpy.types.Operator):
         from ..apply import remove
 
         try:
-            remove([o for o in context.selected_objects if _animated(o)])
+            remove([o for o in context.selected_objects if marks.is_animated(o)])
         except Track4DError as error:
             jobs.complain(error)
             self.report({"WARNING"}, error.message)
@@ -88,10 +88,6 @@ class TRACK4D_OT_play(bpy.types.Operator):
         scene.use_preview_range = True
         scene.frame_preview_start, scene.frame_preview_end = self.frame_start, self.frame_end
         return bpy.ops.screen.animation_play()
-
-
-def _animated(obj: bpy.types.Object) -> bool:
-    return obj.type == "MESH" and marks.MARK in (obj.data.shape_keys or ())
 
 
 CLASSES = (TRACK4D_OT_animate, TRACK4D_OT_cancel, TRACK4D_OT_remove_animation, TRACK4D_OT_play)

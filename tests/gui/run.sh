@@ -41,4 +41,7 @@ while [ ! -e "$ROOT/gui/passed" ] && [ ! -e "$ROOT/gui/failed" ]; do
   sleep 0.2
 done
 [ -e "$ROOT/gui/failed" ] && { hand import -window root /gui/failed.png && mv "$ROOT/gui/failed.png" "$SHOTS/"; cat "$ROOT/gui/failed"; tail -30 "$SHOTS/blender.log"; exit 1; }
-cat "$ROOT/gui/passed"; ls "$SHOTS"
+cat "$ROOT/gui/passed"
+for _ in $(seq 100); do kill -0 "$BPID" 2>/dev/null || break; sleep 0.1; done
+kill -0 "$BPID" 2>/dev/null && { echo "Blender doesn't quit while a job runs"; exit 1; }
+tail -5 "$SHOTS/blender.log"; ls "$SHOTS"
