@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -131,6 +131,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     check_readable(options.file)
+    if options.task == "animate" and not options.prompt.strip():
+        raise InputError("empty_prompt", "The prompt is empty.", 'Say what happens, such as "the fox is running".')
     options.out = [check_writable(path) for path in options.out]
     for name, suffix in (("report", ".json"), ("preview", ".webp"), ("sheet", ".png")):
         if getattr(options, name):
@@ -219,7 +221,7 @@ def _run(options: argparse.Namespace, session: Session) -> None:
         _write_files(options, session, objects, staging, result, [*warnings, *seen.warnings])
         session.check()
         files = staging.commit()
-    with Client(connection) as client:
+    with suppress(TransportError), Client(ensure_server(options.home)) as client:  # the files are there in any case
         client.forget(job_id)
     session.say(done={"files": [str(path) for path in files], "seconds": session.seconds})
 

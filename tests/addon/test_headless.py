@@ -21,21 +21,27 @@ from track4d_protocol.space import canonical_similarity, intrinsics, orbit_viewm
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A home with a server whose work is `film_work`."""
-    home = tmp_path_factory.mktemp("home")
+def serve(home: Path) -> subprocess.Popen:
+    """A server whose work is `film_work`."""
+    home.mkdir(exist_ok=True)
     code = (
         f"import pathlib; from track4d.service import serve; serve(pathlib.Path({str(home)!r}), work='film_work:run')"
     )
-    with open(home / "test.log", "wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(HERE)}
-        )
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    with open(home / "test.log", "ab") as log:
+        server = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, env=environment)
     for _ in range(300):
         if (home / "connection.json").exists():
             break
         time.sleep(0.1)
+    return server
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home with a server."""
+    home = tmp_path_factory.mktemp("home")
+    server = serve(home)
     yield home
     server.terminate()
     server.wait(20)
@@ -138,6 +144,26 @@ def test_stopping_stops_the_job_and_writes_nothing(asset, home, tmp_path, number
         server.forget(job.id)
 
 
+def test_a_server_that_dies_loses_nothing(asset, tmp_path) -> None:
+    """The job is on its disk; the client waits for the next server."""
+    home = tmp_path / "home"
+    first = serve(home)
+    process = client(
+        "animate", asset("static_spot.glb"), "--prompt", "slowly", "--home", home, "--out", tmp_path / "a.glb"
+    )
+    for line in process.stdout:
+        if json.loads(line).get("stage") == "fit":
+            break
+    first.kill()
+    first.wait()
+    second = serve(home)
+    code, lines = finish(process)
+    second.terminate()
+    second.wait(20)
+    assert code == 0, lines[-1]
+    assert (tmp_path / "a.glb").is_file()
+
+
 def test_stopping_during_the_capture(asset, home, tmp_path) -> None:
     process = client("animate", asset("static_spot.glb"), "--prompt", "x", "--home", home, "--out", tmp_path / "a.glb")
     for line in process.stdout:
@@ -174,6 +200,7 @@ def test_a_job_that_fails(asset, home, tmp_path) -> None:
         (["animate", "here.obj", "--prompt", "x", "--out", "no/such/a.glb"], "missing_folder"),
         (["animate", "here.obj", "--prompt", "x", "--out", "a.glb", "--preview", "a.gif"], "unsupported_format"),
         (["animate", "here.obj", "--out", "a.glb"], "bad_arguments"),
+        (["animate", "here.obj", "--prompt", " ", "--out", "a.glb"], "empty_prompt"),
         (["paint"], "bad_arguments"),
         (["animate", "here.obj", "--prompt", "x", "--out", "a.glb", "--front", "up"], "bad_arguments"),
         (["animate", "here.obj", "--prompt", "x", "--out", "a.glb", "--frames", "many"], "bad_arguments"),
@@ -186,13 +213,6 @@ def test_mistakes_are_told_at_once(tmp_path, monkeypatch, arguments, code) -> No
     returned, lines = finish(client(*arguments, *(["--home", tmp_path / "home"] if len(arguments) > 1 else [])))
     assert returned == 2 and lines[-1]["error"]["code"] == code and lines[-1]["error"]["action"]
     assert [p.name for p in tmp_path.iterdir()] == ["here.obj"]
-
-
-def test_a_prompt_that_is_empty(asset, home, tmp_path) -> None:
-    code, lines = finish(
-        client("animate", asset("static_spot.glb"), "--prompt", " ", "--home", home, "--out", tmp_path / "a.glb")
-    )
-    assert code == 2 and lines[-1]["error"]["code"] == "empty_prompt"
 
 
 # Videos
