@@ -6,10 +6,12 @@ See docs/protocol.md for what travels. The store is the truth about jobs; the br
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -130,10 +132,14 @@ class Broker:
                 self._gatekeeper.answer()
             if self._socket in events:
                 self._receive()
-            self._supervisor.tend()
+            try:
+                self._supervisor.tend()
+                for peer in list(self._peers.values()):
+                    self._deliver(peer)
+            except (ServerError, sqlite3.Error):  # a disk that fails now may work again; jobs are not lost meanwhile
+                log.exception("the job list can't be used")
+                self._stopping.wait(_HEARTBEAT)
             self._beat()
-            for peer in list(self._peers.values()):
-                self._deliver(peer)
 
     def close(self) -> None:
         """Ends the worker and the socket, and takes the connection file away. Jobs wait for the next start."""
@@ -164,7 +170,7 @@ class Broker:
             socket.bind(address)
         except zmq.ZMQError as error:
             socket.close(0)
-            if error.errno in (zmq.EADDRINUSE, zmq.EACCES if hasattr(zmq, "EACCES") else 13):
+            if error.errno in (zmq.EADDRINUSE, errno.EACCES):
                 raise ServerError("address_in_use", f"Something else uses {address}, or its port is reserved.",
                                   "Choose another port, or * for a free one.") from error
             raise InputError("bad_address", f"Can't listen at '{address}': {error.strerror}.",

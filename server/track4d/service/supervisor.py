@@ -104,11 +104,11 @@ class Supervisor:
         running = self._running
         if running is None or running.job_id != job_id or running.kill_at is not None:
             return
-        self._store.cancelling(job_id)
         running.kill_at = time.monotonic() + _GRACE
         if self._worker is not None and self._worker.identity is not None:
             self._send(self._worker.identity, "cancel", {"job": job_id})
         self._tell(job_id)
+        self._store.cancelling(job_id)  # last: a disk that is full doesn't keep a job from being stopped
 
     def tend(self) -> None:
         """One turn: watch the process, keep what ended, start what waits."""
@@ -151,7 +151,6 @@ class Supervisor:
         assert self._worker is not None
         self._worker.state = "ready"
         self._early_ends = 0
-        self._ended_at = 0.0  # when the worker's end was noticed
         self._info = {"device": message.body["device"], "model": message.body["model"]}
         log.info("%s is ready", self._worker.name)
 
@@ -208,7 +207,13 @@ class Supervisor:
     def _job_crashed(self, running: _Running, code: int) -> None:
         if running.kill_at is not None:
             self._end_job(JobState.CANCELLED)
-        elif self._store.crashed(running.job_id):
+            return
+        try:
+            once_more = self._store.crashed(running.job_id)
+        except ServerError as error:  # what can't be counted isn't tried again
+            log.error("the end of a worker can't be kept: %s", error)
+            once_more = False
+        if once_more:
             self._running = None
             log.warning("job %s waits for another worker", running.job_id)
             self._tell(*self._store.queue())
@@ -224,7 +229,7 @@ class Supervisor:
 
     def _dispatch(self) -> None:
         worker = self._worker
-        if self._running is not None or worker is None or worker.state != "ready":
+        if self._running is not None or worker is None or worker.state != "ready" or self._ended_at:
             return
         queue = self._store.queue()
         if not queue:

@@ -72,6 +72,20 @@ def test_idle_clients_hear_heartbeats(raw):
     assert [codec.decode(raw.recv_multipart()).kind for _ in range(3)] == ["heartbeat"] * 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit, to make the files of another process too large")
+def test_a_disk_that_fills_up_neither_ends_the_server_nor_loses_the_job(own_server, service, new_id):
+    import resource
+
+    client = own_server.start().client()
+    client.submit(new_id, service.make_request("sleep 1.1"))
+    service.running(client, new_id, "sleep")
+    before = resource.prlimit(own_server.process.pid, resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+    service.wait_for(lambda: "can't be kept yet" in (own_server.home / "server.log").read_text())
+    assert client.watch(new_id).state is JobState.RUNNING  # nothing is said to be done that isn't kept
+    resource.prlimit(own_server.process.pid, resource.RLIMIT_FSIZE, before)
+    assert service.finish(client, new_id).state is JobState.DONE
+
+
 class TestStore:
     """The store alone, for what a kill would have to hit within a millisecond."""
 
