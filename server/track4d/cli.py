@@ -8,11 +8,11 @@ import sys
 import threading
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from track4d_protocol.errors import Track4DError, TransportError, error_from_dict
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -21,13 +21,13 @@ train_app = typer.Typer(no_args_is_help=True, help="Train the models that ship."
 app.add_typer(train_app, name="train")
 console = Console(stderr=True, highlight=False)
 
-Outputs = Annotated[list[Path], typer.Option("-o", "--out", help="File to write; may be given several times (.glb .blend .fbx .usdc .abc).")]
-Home = Annotated[Optional[Path], typer.Option(help="Folder of the server's jobs and keys.")]
+Outputs = Annotated[list[Path], typer.Option("-o", "--out", help="File to write (.glb .blend .fbx .usdc .abc); may be repeated.")]
+Home = Annotated[Path | None, typer.Option(help="Folder of the server's jobs and keys.")]
 Frames = Annotated[int, typer.Option(help="Frames of the result.")]
 Seed = Annotated[int, typer.Option(help="Another seed, another motion.")]
 PresetName = Annotated[str, typer.Option("--preset", help="fast or default.")]
 Front = Annotated[str, typer.Option(help="The axis that the object faces: -Y, +Y, +X or -X.")]
-Extra = Annotated[Optional[Path], typer.Option()]
+Extra = Annotated[Path | None, typer.Option()]
 
 
 @app.command()
@@ -35,15 +35,16 @@ def animate(mesh: Path, out: Outputs, prompt: Annotated[str, typer.Option(help='
             seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", home: Home = None,
             preview: Extra = None, sheet: Extra = None, report: Extra = None) -> None:
     """Animate the mesh of a file by a sentence."""
-    blender_client("animate", mesh, ["--prompt", prompt], out, seed, frames, preset, front, home, preview, sheet, report)
+    blender_client("animate", mesh, ["--prompt", prompt], out, (seed, frames, preset, front), home, preview, sheet, report)
 
 
 @app.command()
-def fit(mesh: Path, out: Outputs, video: Annotated[Path, typer.Option(help="Folder with view_0/, view_1/, ... and cameras.json.")],
+def fit(mesh: Path, out: Outputs,
+        video: Annotated[Path, typer.Option(help="Folder with view_0/, view_1/, ... and cameras.json.")],
         seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", home: Home = None,
         preview: Extra = None, sheet: Extra = None, report: Extra = None) -> None:
     """Make the mesh of a file move as in a multi-view video."""
-    blender_client("fit", mesh, ["--video", str(video)], out, seed, frames, preset, front, home, preview, sheet, report)
+    blender_client("fit", mesh, ["--video", str(video)], out, (seed, frames, preset, front), home, preview, sheet, report)
 
 
 @app.command()
@@ -57,7 +58,7 @@ def serve(home: Home = None, address: Annotated[str, typer.Option(help="Where to
 
 
 @app.command()
-def doctor(self_test: Annotated[bool, typer.Option(help="Also animate a tiny mesh, which compiles the kernels once.")] = True) -> None:
+def doctor(self_test: Annotated[bool, typer.Option(help="Animate a tiny mesh, which compiles the kernels once.")] = True) -> None:
     """Say what works on this machine, what doesn't, and what to do."""
     from .doctor import examine
 
@@ -67,16 +68,20 @@ def doctor(self_test: Annotated[bool, typer.Option(help="Also animate a tiny mes
 
 @train_app.command("motion")
 def train_motion(out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/motion"),
-                 minutes: Annotated[float, typer.Option(help="How long to train.")] = 60.0,
-                 batch: Annotated[int, typer.Option(help="Clips per step.")] = 16, seed: Seed = 0,
+                 steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 12_000,
+                 batch: Annotated[int, typer.Option(help="Clips per step, a multiple of 4.")] = 16, seed: Seed = 0,
+                 clips: Annotated[Path | None, typer.Option(help="Folder of real clips, made by tools/extract_clips.py.")] = None,
                  resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False) -> None:
-    """Train the motion generator on procedural clips."""
-    from .training.motion import train
+    """Train the motion generator on procedural objects, and on real clips where there are some."""
+    from .training.motion import TrainingSettings, train
 
-    train(out, minutes=minutes, batch=batch, seed=seed, resume=resume)
+    with Progress(console=console) as progress:
+        bar = progress.add_task("training", total=steps)
+        train(out, TrainingSettings(steps=steps, batch=batch, seed=seed), resume, clips,
+              report=lambda stage, step, total, preview=None: progress.update(bar, completed=step, total=total))
 
 
-def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], seed: int, frames: int, preset: str, front: str,
+def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], settings: tuple[int, int, str, str],
                    home: Path | None, preview: Path | None, sheet: Path | None, report: Path | None) -> None:
     """Runs the client in its own process, where bpy lives, and draws its progress.
 
@@ -86,8 +91,9 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], seed
     if find_spec("bpy") is None:
         raise TransportError("no_bpy", "Files are read and written by Blender's Python module, which is not installed here.",
                              "Run: pip install bpy (Python 3.11 for 4.2 to 5.0, Python 3.13 for 5.1 and later).")
-    command = [sys.executable, "-m", "track4d_addon.headless", task, str(mesh), *what, "--seed", str(seed), "--frames", str(frames),
-               "--preset", preset, f"--front={front}"]
+    seed, frames, preset, front = settings
+    command = [sys.executable, "-m", "track4d_addon.headless", task, str(mesh), *what,
+               f"--seed={seed}", f"--frames={frames}", f"--preset={preset}", f"--front={front}"]
     for path in out:
         command += ["--out", str(path)]
     for flag, value in (("--home", home), ("--preview", preview), ("--sheet", sheet), ("--report", report)):
@@ -95,9 +101,8 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], seed
     from .footprint import Footprint
 
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert client.stdout is not None and client.stderr is not None
     log: list[str] = []
-    reader = threading.Thread(target=lambda: log.extend(client.stderr), daemon=True)
+    reader = threading.Thread(target=lambda: log.extend(client.stderr or ()), daemon=True)
     reader.start()
     with Footprint(client.pid, home) as footprint:
         error = draw(client)
@@ -106,7 +111,8 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], seed
     if error:
         raise error_from_dict(error)
     if client.returncode:
-        raise TransportError("client_failed", f"The Blender client ended with code {client.returncode}: {''.join(log[-3:]).strip()}",
+        end = "".join(log[-3:]).strip()
+        raise TransportError("client_failed", f"The Blender client ended with code {client.returncode}: {end}",
                              "Run track4d doctor; the lines above name the place.")
     if report and report.exists():
         content = json.loads(report.read_text())
@@ -119,9 +125,10 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], seed
 def draw(client: subprocess.Popen) -> dict | None:
     """Shows the client's JSON lines as progress; returns its error if it reported one."""
     error = None
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+               TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
         for line in client.stdout or ():
             try:
                 event = json.loads(line)
@@ -132,19 +139,24 @@ def draw(client: subprocess.Popen) -> dict | None:
             if "error" in event:
                 error = event["error"]
             elif "warning" in event:
-                progress.console.print(f"note: {event['warning']['message']} {event['warning'].get('action', '')}", style="yellow")
+                warning = event["warning"]
+                progress.console.print(f"note: {warning['message']} {warning.get('action', '')}", style="yellow")
             elif "stage" in event:
                 stage = event["stage"]
                 total = max(1, event.get("total", 1))
                 if stage not in tasks:
-                    for done in tasks.values():
-                        progress.update(done, completed=progress.tasks[done].total)  # type: ignore[index]
+                    finish(progress)
                     tasks[stage] = progress.add_task(stage, total=total)
-                progress.update(tasks[stage], completed=event.get("step", 0), total=total)  # type: ignore[arg-type]
+                progress.update(tasks[stage], completed=event.get("step", 0), total=total)
         if error is None:
-            for done in tasks.values():
-                progress.update(done, completed=progress.tasks[done].total)  # type: ignore[index,arg-type]
+            finish(progress)
     return error
+
+
+def finish(progress: Progress) -> None:
+    """Fills the bars of all stages so far: a stage is over when the next one begins."""
+    for task in progress.tasks:
+        progress.update(task.id, completed=task.total)
 
 
 def main() -> None:

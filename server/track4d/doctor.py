@@ -75,14 +75,16 @@ def transport() -> Finding:
     import zmq
 
     if not zmq.has("curve"):
-        return Finding("broken", "transport", f"pyzmq {zmq.pyzmq_version()} was built without CURVE.", "pip install --force-reinstall pyzmq")
+        return Finding("broken", "transport", f"pyzmq {zmq.pyzmq_version()} was built without CURVE.",
+                       "pip install --force-reinstall pyzmq")
     return Finding("ok", "transport", f"ZeroMQ {zmq.zmq_version()} with CURVE")
 
 
 def blender() -> Finding:
     if find_spec("bpy") is None:
         wanted = "bpy==5.0.1" if sys.version_info[:2] == (3, 11) else "bpy"
-        return Finding("note", "Blender", "bpy is not installed: the server works, `track4d animate FILE` does not.", f"pip install {wanted}")
+        return Finding("note", "Blender", "bpy is not installed: the server works, `track4d animate FILE` does not.",
+                       f"pip install {wanted}")
     return Finding("ok", "Blender", f"bpy {importlib.metadata.version('bpy')}")
 
 
@@ -97,7 +99,8 @@ def weights() -> Finding:
 def memory() -> Finding:
     free = psutil.virtual_memory().available / GIGABYTE
     if free < 3:
-        return Finding("note", "memory", f"{free:.1f} GB free; a job takes up to 3 GB.", "Close other programs, or use --preset fast.")
+        return Finding("note", "memory", f"{free:.1f} GB free; a job takes up to 3 GB.",
+                       "Close other programs, or use --preset fast.")
     return Finding("ok", "memory", f"{free:.1f} GB free")
 
 
@@ -136,12 +139,13 @@ def tiny_job() -> Finding:
     stills = render(mesh, mesh.vertices[None], viewmats, Ks, 128, shading=shading)[0]
     stills[..., :3] /= np.maximum(stills[..., 3:], 1e-6)
     request = Request(Settings(prompt="it sways", frames=4, preset="fast"), ["ball"], {
-        "vertices": ball.vertices.astype(np.float32), "faces": ball.faces.astype(np.int32), "views": (stills * 255).astype(np.uint8),
-        "viewmats": similarity.viewmats_to_world(viewmats), "Ks": Ks})
+        "vertices": ball.vertices.astype(np.float32), "faces": ball.faces.astype(np.int32),
+        "views": (stills * 255).astype(np.uint8), "viewmats": similarity.viewmats_to_world(viewmats), "Ks": Ks})
     try:
         result = run(request, silent)
     except Track4DError as error:
         return Finding("broken", "self-test", error.message, error.action)
     if not np.isfinite(result.arrays["vertices"]).all():
-        return Finding("broken", "self-test", "The result has coordinates that are not finite.", "Please report this with the lines above.")
+        return Finding("broken", "self-test", "The result has coordinates that are not finite.",
+                       "Please report this with the lines above.")
     return Finding("ok", "self-test", f"a ball was animated in {time.perf_counter() - start:.1f} s")

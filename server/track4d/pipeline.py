@@ -58,7 +58,8 @@ def run(request: Request, report: Report) -> Result:
             shading = estimate_shading(mesh, stills, viewmats, Ks)
             video = decode_video(mesh, generated.tracks, viewmats, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
             tracks = Tracks3D(generated.tracks, generated.confidence)
-            report("generate", quality.sampling_steps, quality.sampling_steps, preview=grid(over(video[:, len(video[0]) // 3] / 255.0, BACKGROUND)))
+            glimpse = grid(over(video[:, len(video[0]) // 3] / 255.0, BACKGROUND))
+            report("generate", quality.sampling_steps, quality.sampling_steps, glimpse)
     else:
         video, tracks = arrays["video"], None
         stills = read_footage(video, viewmats, Ks).straight_views()
@@ -114,8 +115,10 @@ def canonical_mesh(request: Request) -> tuple[Mesh, Similarity]:
     arrays = request.arrays
     check_mesh(arrays["vertices"], arrays["faces"])
     similarity = canonical_similarity(arrays["vertices"], request.settings.front)
-    textures = [arrays[f"texture_{k}"].astype(np.float32) / 255 for k in range(sum(n.startswith("texture_") for n in arrays))]
-    return Mesh(similarity.apply(arrays["vertices"]), arrays["faces"], arrays.get("uvs"), arrays.get("materials"), textures), similarity
+    count = sum(name.startswith("texture_") for name in arrays)
+    textures = [arrays[f"texture_{k}"].astype(np.float32) / 255 for k in range(count)]
+    vertices = similarity.apply(arrays["vertices"])
+    return Mesh(vertices, arrays["faces"], arrays.get("uvs"), arrays.get("materials"), textures), similarity
 
 
 @lru_cache(maxsize=1)

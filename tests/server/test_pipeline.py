@@ -23,7 +23,8 @@ def request(vertices: np.ndarray, faces: np.ndarray, **settings) -> Request:
     rgba[..., :3] /= np.maximum(rgba[..., 3:], 1e-6)
     arrays = {"vertices": vertices.astype(np.float32), "faces": faces.astype(np.int32), "views": (rgba * 255).astype(np.uint8),
               "viewmats": similarity.viewmats_to_world(viewmats).astype(np.float32), "Ks": Ks}
-    return Request(Settings(**({"prompt": "the capsule bends left", "frames": 6, "preset": "fast"} | settings)), ["Capsule"], arrays)
+    chosen = {"prompt": "the capsule bends left", "frames": 6, "preset": "fast"} | settings
+    return Request(Settings(**chosen), ["Capsule"], arrays)
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +137,10 @@ def test_a_video_of_the_users_own(capsule) -> None:
     similarity = canonical_similarity(vertices)
     mesh = Mesh(similarity.apply(vertices), faces)
     height = mesh.vertices[:, 2] - mesh.vertices[:, 2].min()
-    truth = np.stack([mesh.vertices + np.stack([0 * height, 0.06 * f * height**2, 0 * height], 1) for f in range(4)]).astype(np.float32)
-    rgba = render(mesh, truth, orbit_viewmats(), intrinsics(SIZE, 4), SIZE, shading=0.6 + 0.4 * np.sin(5 * mesh.vertices))  # [F, V, ...]
+    bend = np.stack([0 * height, 0.06 * height**2, 0 * height], 1)
+    truth = np.stack([mesh.vertices + f * bend for f in range(4)]).astype(np.float32)
+    shading = 0.6 + 0.4 * np.sin(5 * mesh.vertices)
+    rgba = render(mesh, truth, orbit_viewmats(), intrinsics(SIZE, 4), SIZE, shading=shading)  # [F, V, H, W, 4]
     rgba[..., :3] /= np.maximum(rgba[..., 3:], 1e-6)
     del base.arrays["views"]
     base.arrays["video"] = (rgba.transpose(1, 0, 2, 3, 4) * 255).astype(np.uint8)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from track4d_protocol.errors import InputError
 
 
-@dataclass
+@dataclass(init=False)
 class Mesh:
     """A textured triangle mesh.
 
@@ -22,17 +22,18 @@ class Mesh:
 
     vertices: np.ndarray
     faces: np.ndarray
-    uvs: np.ndarray = None  # type: ignore[assignment]
-    materials: np.ndarray = None  # type: ignore[assignment]
-    textures: list[np.ndarray] = field(default_factory=list)
+    uvs: np.ndarray
+    materials: np.ndarray
+    textures: list[np.ndarray]
 
-    def __post_init__(self) -> None:
-        self.vertices = np.ascontiguousarray(self.vertices, np.float32)
-        self.faces = np.ascontiguousarray(self.faces, np.int32).reshape(-1, 3)
+    def __init__(self, vertices: np.ndarray, faces: np.ndarray, uvs: np.ndarray | None = None,
+                 materials: np.ndarray | None = None, textures: list[np.ndarray] | None = None) -> None:
+        self.vertices = np.ascontiguousarray(vertices, np.float32)
+        self.faces = np.ascontiguousarray(faces, np.int32).reshape(-1, 3)
         count = len(self.faces)
-        self.uvs = np.zeros((count, 3, 2), np.float32) if self.uvs is None else np.ascontiguousarray(self.uvs, np.float32)
-        self.materials = np.zeros(count, np.int32) if self.materials is None else np.ascontiguousarray(self.materials, np.int32)
-        self.textures = self.textures or [np.full((1, 1, 3), 0.8, np.float32)]
+        self.uvs = np.ascontiguousarray(np.zeros((count, 3, 2)) if uvs is None else uvs, np.float32)
+        self.materials = np.ascontiguousarray(np.zeros(count) if materials is None else materials, np.int32)
+        self.textures = textures or [np.full((1, 1, 3), 0.8, np.float32)]
 
     def edges(self) -> np.ndarray:
         """Unique undirected edges; [E, 2] int64."""

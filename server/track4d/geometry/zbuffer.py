@@ -202,7 +202,8 @@ def project(points: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> tuple[n
     return uv, local[..., 2]
 
 
-def visible(points: np.ndarray, inverse_depth: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, tolerance: float = 0.02) -> np.ndarray:
+def visible(points: np.ndarray, inverse_depth: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray,
+            tolerance: float = 0.02) -> np.ndarray:
     """Which points no surface hides.
 
     Args:
