@@ -30,7 +30,7 @@ def export(objects: Sequence[bpy.types.Object], path: Path | str) -> Path:
         The absolute path.
 
     Raises:
-        InputError: unsupported_format, missing_folder, export_failed with Blender's own words.
+        InputError: unsupported_format, missing_folder, no_mesh_selected, hidden_object, export_failed with Blender's own words.
     """
     path = check_writable(path)
     with Staging() as staging:
@@ -56,6 +56,11 @@ def write(objects: Sequence[bpy.types.Object], place: Path) -> None:
 def _only(objects: Sequence[bpy.types.Object]) -> Iterator[tuple[int, int]]:
     """Selects just the objects and their parents, the scene's range is their motion; all as before afterwards."""
     scene, layer = bpy.context.scene, bpy.context.view_layer
+    if not objects:
+        raise InputError("no_mesh_selected", "No object is selected.", "Select the object to export.")
+    for obj in objects:
+        if not obj.visible_get():
+            raise InputError("hidden_object", f"'{obj.name}' is hidden and can't be exported.", "Show it (Alt+H).")
     wanted = set(objects)
     for obj in objects:
         while obj.parent:
