@@ -391,12 +391,12 @@ def named_objects(names: list[str]) -> list[bpy.types.Object]:
     """The objects of a result by name.
 
     Raises:
-        InputError: `objects_missing`, one of them is not in this file.
+        InputError: `object_missing`, one of them is not in this file.
     """
     missing = [name for name in names if name not in bpy.data.objects]
     if missing:
         raise InputError(
-            "objects_missing",
+            "object_missing",
             f"This file has no object called '{missing[0]}'.",
             "Open the file that the animation was made in.",
         )

@@ -1,8 +1,8 @@
 """Build the Blender extension: `python tools/build_extension.py` writes dist/track4d-<version>.zip.
 
 The wheels named in blender_manifest.toml are downloaded once into build/wheels, so that later builds need no network;
-the one of `track4d_protocol` is built from protocol/. The package is staged in build/stage, then built and validated by
-Blender's own tool, which is plain Python inside the `bpy` wheel.
+the one of `track4d_protocol` is built from protocol/. The package is staged in a temporary folder, then built and
+validated by Blender's own tool, which is plain Python inside the `bpy` wheel.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,6 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = ROOT / "build" / "wheels"
-STAGE = ROOT / "build" / "stage"
 DIST = ROOT / "dist"
 PROTOCOL = "track4d_protocol"
 
@@ -98,43 +98,33 @@ def download(wheel: Wheel) -> None:
         )
 
 
-def build_protocol(wheel: Wheel) -> None:
-    """Build the wheel of `track4d_protocol` from a copy, so that no build files land in protocol/."""
-    source = ROOT / "build" / "protocol"
-    shutil.rmtree(source, ignore_errors=True)
+def build_protocol(wheel: Wheel, work: Path, wheels: Path) -> None:
+    """Build the wheel of `track4d_protocol` from a copy in `work`, so that no build files land in protocol/."""
+    source = work / "protocol"
     shutil.copytree(ROOT / "protocol", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
-    for old in WHEELS.glob(f"{PROTOCOL}-*.whl"):
-        old.unlink()
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--no-build-isolation",
-    ]
-    subprocess.run([*command, "--no-index", "--wheel-dir", str(WHEELS), str(source)], check=True)
-    if not (WHEELS / wheel.filename).exists():
-        built = next(WHEELS.glob(f"{PROTOCOL}-*.whl")).name
-        raise SystemExit(
-            f"protocol/ gives {built} but blender_manifest.toml lists {wheel.filename}; make the versions agree."
-        )
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
+    subprocess.run([*command, "--no-build-isolation", "--wheel-dir", str(wheels), str(source)], check=True)
+    built = next(wheels.glob(f"{PROTOCOL}-*.whl")).name
+    if built != wheel.filename:
+        raise SystemExit(f"protocol/ gives {built}, blender_manifest.toml lists {wheel.filename}: make them agree.")
 
 
-def stage(manifest: str, wheels: list[Wheel]) -> None:
-    """Lay the extension out in build/stage as it will be inside the zip."""
-    shutil.rmtree(STAGE, ignore_errors=True)
-    shutil.copytree(ROOT / "addon", STAGE, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copy(ROOT / "LICENSE", STAGE)
-    (STAGE / "wheels").mkdir()
+def stage(manifest: str, wheels: list[Wheel], work: Path) -> Path:
+    """The extension in a folder, laid out as it will be inside the zip."""
+    folder = work / "track4d"
+    shutil.copytree(ROOT / "addon", folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copy(ROOT / "LICENSE", folder)
+    (folder / "wheels").mkdir()
     for wheel in wheels:
-        shutil.copy(WHEELS / wheel.filename, STAGE / "wheels")
+        if wheel.name == PROTOCOL:
+            build_protocol(wheel, work, folder / "wheels")
+        else:
+            download(wheel)
+            shutil.copy(WHEELS / wheel.filename, folder / "wheels")
     listed = "".join(f'  "./wheels/{wheel.filename}",\n' for wheel in wheels)
-    (STAGE / "blender_manifest.toml").write_text(
-        re.sub(r"(?ms)^wheels = \[.*?^\]", f"wheels = [\n{listed}]", manifest), "utf-8"
-    )
+    manifest = re.sub(r"(?ms)^wheels = \[.*?^\]", f"wheels = [\n{listed}]", manifest)
+    (folder / "blender_manifest.toml").write_text(manifest, "utf-8")
+    return folder
 
 
 def build(extra_pythons: list[str] | None = None) -> Path:
@@ -150,23 +140,21 @@ def build(extra_pythons: list[str] | None = None) -> Path:
     for python in extra_pythons or []:
         wheels += with_python(wheels, python)
     WHEELS.mkdir(parents=True, exist_ok=True)
-    for wheel in wheels:
-        build_protocol(wheel) if wheel.name == PROTOCOL else download(wheel)
-    stage(manifest, wheels)
-
     DIST.mkdir(exist_ok=True)
-    archive = DIST / f"track4d-{tomllib.loads(manifest)['version']}.zip"
-    tool = [sys.executable, str(blender_tool())]
-    for command in (
-        ["build", "--source-dir", str(STAGE), "--output-filepath", str(archive)],
-        ["validate", str(archive)],
-    ):
-        done = subprocess.run([*tool, *command], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(
-                f"Blender's extension tool refused to {command[0]} the extension:\n{done.stdout}{done.stderr}"
-            )
-    return archive
+    suffix = "".join(f"-py{python}" for python in extra_pythons or [])
+    name = f"track4d-{tomllib.loads(manifest)['version']}{suffix}.zip"
+    with tempfile.TemporaryDirectory(dir=WHEELS.parent) as folder:
+        work = Path(folder)
+        blender("build", "--source-dir", str(stage(manifest, wheels, work)), "--output-filepath", str(work / name))
+        blender("validate", str(work / name))
+        return (work / name).replace(DIST / name)
+
+
+def blender(*command: str) -> None:
+    """Run Blender's extension tool."""
+    done = subprocess.run([sys.executable, str(blender_tool()), *command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"Blender refused to {command[0]} the extension:\n{done.stdout}{done.stderr}")
 
 
 def main() -> None:

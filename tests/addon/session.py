@@ -190,6 +190,34 @@ def lost(archive: str, wait_file: str, **server) -> dict:
     }
 
 
+def interrupted(archive: str, **server) -> dict:
+    """A result arrives while its object is edited, another one after another file was opened: both wait."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    obj = monkey()
+    bpy.context.scene.track4d.prompt = "the monkey nods"
+    bpy.ops.track4d.animate()
+    assert pump(lambda: jobs.state.active and all(j.phase is jobs.Phase.RUNNING for j in jobs.state.active.values()))
+    bpy.ops.object.mode_set(mode="EDIT")
+    pump(lambda: not jobs.state.active)
+    (waiting,) = jobs.state.finished
+    refused = bpy.ops.track4d.apply_result(job_id=waiting), jobs.state.problem.code
+    bpy.ops.object.mode_set(mode="OBJECT")
+    bpy.ops.track4d.apply_result(job_id=waiting)
+    answer = shape(obj)
+
+    bpy.ops.track4d.animate()
+    assert pump(lambda: jobs.state.active and all(j.phase is jobs.Phase.RUNNING for j in jobs.state.active.values()))
+    bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+    pump(lambda: not jobs.state.active)
+    (foreign,) = jobs.state.finished
+    bpy.ops.track4d.apply_result(job_id=foreign)
+    missing = jobs.state.problem.code
+    bpy.ops.track4d.dismiss_result(job_id=foreign)
+    return {"refused": [sorted(refused[0]), refused[1]], "missing": missing, "left": len(jobs.state.finished), **answer}
+
+
 def leave(archive: str, blend: str, **server) -> dict:
     """Start a job, save the file, and quit."""
     install(archive)

@@ -137,9 +137,7 @@ def test_every_platform_has_one_wheel_of_each_package_for_each_python(builder, p
 
 def test_versions_agree(builder):
     protocol = next(
-        w
-        for w in builder.manifest_wheels((ROOT / "blender_manifest.toml").read_text("utf-8"))
-        if w.name == "track4d_protocol"
+        w for w in builder.manifest_wheels((ROOT / "blender_manifest.toml").read_text("utf-8")) if w.name == "track4d_protocol"
     )
     assert MANIFEST["version"] == protocol.version == __version__
     assert (protocol.python, protocol.abi, protocol.platform) == ("py3", "none", "any")
@@ -178,9 +176,7 @@ def test_building_again_needs_no_network(archive):
 
 
 def test_animate_moves_the_mesh_and_leaves_nothing_else(blender, server, tmp_path):
-    answer = blender(
-        "animate", connection=server.connection, prompt="the monkey nods", blend=tmp_path / "while_running.blend"
-    )
+    answer = blender("animate", connection=server.connection, prompt="the monkey nods", blend=tmp_path / "while_running.blend")
     assert answer["finished"] and not answer["problem"]
     assert answer["keys"] == 17 and answer["farthest"] > 0.05
     assert answer["stages"][-1] == "fit" and answer["pictures"] > 0 and answer["pictures_left"] == 0
@@ -196,7 +192,7 @@ def test_animate_starts_the_server_and_the_real_pipeline_moves_the_mesh(blender,
     finally:
         stop_server(home)
     assert answer["finished"] and not answer["problem"], answer
-    assert {"starting", "connected"} <= set(answer["seen"])
+    assert "connected" in answer["seen"]
     assert answer["keys"] == 9 and answer["farthest"] > 0.005
 
 
@@ -234,6 +230,12 @@ def test_a_result_waits_for_a_blender_that_was_closed(blender, server, tmp_path)
     assert answer["offered"] == [job] and answer["again"] == []
     assert answer["keys"] == 17 and answer["farthest"] > 0.05 and not answer["problem"]
     assert answer["keys_after_removal"] == 0
+
+
+def test_a_result_is_never_forced_onto_a_scene_that_is_not_ready(blender, server):
+    answer = blender("interrupted", connection=server.connection)
+    assert answer["refused"] == [["CANCELLED"], "in_edit_mode"] and answer["keys"] == 17
+    assert answer["missing"] == "object_missing" and answer["left"] == 0
 
 
 def test_a_failed_job_leaves_a_sentence_and_a_working_panel(blender, server):

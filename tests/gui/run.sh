@@ -12,7 +12,7 @@ ROOT=${ROOT:-${XDG_CACHE_HOME:-$HOME/.cache}/blender_gui/$SUITE}; DPY=${DPY:-77}
 [ -x "$SETUP" ] || { echo "no script that sets up Blender at $SETUP"; exit 77; }
 
 extra=(); [ "$SUITE" = sid ] && extra=(--python 3.14)
-"$PYTHON" "$TOP/tools/build_extension.py" "${extra[@]}"
+ZIP=$("$PYTHON" "$TOP/tools/build_extension.py" "${extra[@]}" | sed 's/  [^ ]* MB$//'); echo "$ZIP"
 PYTHONPATH=$TOP/tests/addon "$PYTHON" -c "import sys, pathlib, track4d.service as s; s.serve(pathlib.Path(sys.argv[1]), work=sys.argv[2])" \
   "$HOME_DIR" "$WORK" >"$HOME_DIR/serve.log" 2>&1 &
 SERVER=$!; BPID=; XPID=
@@ -23,7 +23,7 @@ mkdir -p "$ROOT/gui" "$SHOTS"
 rm -f "$ROOT"/gui/{request,request.part,passed,failed,model.*}
 cp "$HOME_DIR/connection.json" "$ROOT/gui/"; echo "$PROMPT" >"$ROOT/gui/prompt"; echo "$WAIT" >"$ROOT/gui/seconds"
 [ -z "$MODEL" ] || cp "$MODEL" "$ROOT/gui/model.${MODEL##*.}"
-eval "$(KEEP=1 DPY=$DPY OUT="$SHOTS" ROOT="$ROOT" "$SETUP" "$SUITE" "$TOP"/dist/track4d-*.zip "$HERE/drive_animate.py" | tee /dev/stderr | grep ^BPID=)"
+eval "$(KEEP=1 DPY=$DPY OUT="$SHOTS" ROOT="$ROOT" "$SETUP" "$SUITE" "$ZIP" "$HERE/drive_animate.py" | tee /dev/stderr | grep ^BPID=)"
 
 hand() { chroot "$ROOT" env DISPLAY=":$DPY" HOME=/root "$@"; }
 while [ ! -e "$ROOT/gui/passed" ] && [ ! -e "$ROOT/gui/failed" ]; do
