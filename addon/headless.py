@@ -114,12 +114,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if task == "animate":
             command.add_argument("--prompt", required=True, help='what happens, such as "the fox is running"')
         else:
-            command.add_argument(
-                "--video", type=Path, required=True, help="folder with view_0/, view_1/, ... and cameras.json"
-            )
-        command.add_argument(
-            "--out", type=Path, action="append", required=True, help="file to write; may be given several times"
-        )
+            command.add_argument("--video", type=Path, required=True, help="folder with view_0/, view_1/, ... and cameras.json")
+        command.add_argument("--out", type=Path, action="append", required=True, help="file to write; may be given several times")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--frames", type=int, default=16)
         command.add_argument("--preset", default="default", choices=PRESETS)
@@ -233,7 +229,7 @@ def _in_background(function: Callable[[], Any]) -> Callable[[], Any]:
     def work() -> None:
         try:
             outcome["value"] = function()
-        except Track4DError as error:
+        except (Track4DError, OSError) as error:
             outcome["error"] = error
 
     thread = threading.Thread(target=work, daemon=True)

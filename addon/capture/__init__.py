@@ -120,6 +120,4 @@ def _check_unchanged(seen: Snapshot, copies) -> None:
         if len(points) != item.count or not np.allclose(
             points, seen.vertices[part], rtol=1e-5, atol=1e-5 * np.ptp(seen.vertices)
         ):
-            raise InputError(
-                "changed_during_capture", f"'{item.name}' was changed while it was captured.", "Start again."
-            )
+            raise InputError("changed_during_capture", f"'{item.name}' was changed while it was captured.", "Start again.")

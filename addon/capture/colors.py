@@ -218,11 +218,7 @@ def _read_mapping(node: bpy.types.Node, base: _Base) -> None:
         source = link.from_node
         if source.type == "UVMAP":
             base.uv_map = source.uv_map
-        if (
-            source.type == "MAPPING"
-            and source.vector_type == "POINT"
-            and not any(source.inputs["Rotation"].default_value)
-        ):
+        if source.type == "MAPPING" and source.vector_type == "POINT" and not any(source.inputs["Rotation"].default_value):
             base.uv_scale = tuple(source.inputs["Scale"].default_value[:2])
             base.uv_offset = tuple(source.inputs["Location"].default_value[:2])
         vector = source.inputs.get("Vector")
@@ -243,9 +239,7 @@ def _corner_colors(mesh: bpy.types.Mesh, name: str) -> np.ndarray | None:
     """A colour attribute per corner, linear; [L, 3] float32. The one that is active for rendering has the name ""."""
     layers = mesh.color_attributes
     layer = (
-        layers.get(name)
-        if name
-        else (layers[layers.render_color_index] if layers and layers.render_color_index >= 0 else None)
+        layers.get(name) if name else (layers[layers.render_color_index] if layers and layers.render_color_index >= 0 else None)
     )
     if layer is None or layer.domain not in ("POINT", "CORNER"):
         return None

@@ -285,9 +285,7 @@ def _check_geometry(copy: PlainCopy, points: np.ndarray) -> None:
     if len(points) == 0:
         raise InputError("empty_mesh", f"'{name}' has no vertices.", "Select an object with a surface.")
     if len(points) < 3:
-        raise InputError(
-            "too_few_vertices", f"'{name}' has {len(points)} vertices.", "Select an object with a surface."
-        )
+        raise InputError("too_few_vertices", f"'{name}' has {len(points)} vertices.", "Select an object with a surface.")
     if len(mesh.polygons) == 0:
         raise InputError(
             "no_faces",
@@ -303,13 +301,9 @@ def _check_geometry(copy: PlainCopy, points: np.ndarray) -> None:
         )
     scales = np.linalg.svd(copy.matrix_world[:3, :3], compute_uv=False)
     if scales[-1] < 1e-8 * max(scales[0], 1e-30):
-        raise InputError(
-            "flat_transform", f"The scale of '{name}' is zero along an axis.", "Give it a scale that isn't zero."
-        )
+        raise InputError("flat_transform", f"The scale of '{name}' is zero along an axis.", "Give it a scale that isn't zero.")
     if np.ptp(points, axis=0).max() <= 1e-9:
-        raise InputError(
-            "degenerate_mesh", f"All vertices of '{name}' lie in one point.", "Select an object with a surface."
-        )
+        raise InputError("degenerate_mesh", f"All vertices of '{name}' lie in one point.", "Select an object with a surface.")
 
 
 # Capture space
@@ -325,9 +319,7 @@ def _upright_frame(matrix_world: np.ndarray) -> np.ndarray:
     rotation = left @ right  # the nearest orthogonal matrix
     mirrors = [np.eye(3)] if np.linalg.det(rotation) > 0 else [np.diag(1.0 - 2.0 * np.eye(3)[k]) for k in range(3)]
     # With the quaternion (w, x, y, z) of R: R10 - R01 = 4 w z and R00 + R11 = 2 (w² - z²); the twist is 2 atan2(z, w).
-    upright = max(
-        (rotation @ mirror for mirror in mirrors), key=lambda r: (round(r[2, 2], 6), round(r[0, 0] + r[1, 1], 6))
-    )
+    upright = max((rotation @ mirror for mirror in mirrors), key=lambda r: (round(r[2, 2], 6), round(r[0, 0] + r[1, 1], 6)))
     sine, cosine = upright[1, 0] - upright[0, 1], upright[0, 0] + upright[1, 1]
     yaw = math.atan2(sine, cosine) if math.hypot(sine, cosine) > 1e-6 else 0.0
     frame = np.eye(4)
@@ -415,7 +407,7 @@ def _plain_copy(obj: bpy.types.Object, copies: PlainCopies, unbend: bool) -> Pla
     while True:
         _show(copy, stack)
         evaluated = evaluate()
-        if len(evaluated.data.vertices) == len(own):
+        if not stack or len(evaluated.data.vertices) == len(own):
             break
         stack.pop()  # subdivision, mirror, ... stay on top of the motion
     mesh = bpy.data.meshes.new_from_object(evaluated, preserve_all_data_layers=True, depsgraph=layer.depsgraph)

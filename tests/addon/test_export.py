@@ -4,7 +4,7 @@ import bpy
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
-from track4d_addon import apply, capture, export
+from track4d_addon import apply, capture, export, files, scene_io
 from track4d_protocol.errors import InputError
 
 FRAMES = 6
@@ -113,6 +113,10 @@ def test_paths_that_can_not_be_written(kit, tmp_path, name, code) -> None:
     with pytest.raises(InputError) as caught:
         export.export([kit.make_cone()], tmp_path / name)
     assert caught.value.code == code and caught.value.action and list(tmp_path.iterdir()) == []
+
+
+def test_every_format_that_is_promised_is_there() -> None:
+    assert set(export.FORMATS) == set(files.WRITABLE) and set(scene_io.FORMATS) == set(files.READABLE)
 
 
 def test_hidden_objects_are_not_left_out_silently(kit, tmp_path) -> None:
