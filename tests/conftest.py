@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import track4d  # noqa: F401  # before numpy: it keeps the thread pools of torch, Numba and OpenBLAS from fighting
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

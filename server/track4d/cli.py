@@ -58,6 +58,20 @@ def serve(home: Home = None, address: Annotated[str, typer.Option(help="Where to
 
 
 @app.command()
+def grant(name: Annotated[str, typer.Argument(help="Who it is for, such as laptop.")],
+          out: Annotated[Path, typer.Option("-o", "--out", help="Connection file to write and to carry there.")],
+          address: Annotated[str, typer.Option(help="Where they reach this server, such as tcp://10.0.0.5:7457.")],
+          home: Home = None) -> None:
+    """Let another machine use this server: writes the connection file with its own key."""
+    from track4d_protocol.keys import default_home, write_connection
+
+    from .service import grant as make_key
+
+    write_connection(out, make_key(home or default_home(), name, address))
+    console.print(f"wrote {out}: keep it secret, and choose it in the extension's preferences there")
+
+
+@app.command()
 def doctor(self_test: Annotated[bool, typer.Option(help="Animate a tiny mesh, which compiles the kernels once.")] = True) -> None:
     """Say what works on this machine, what doesn't, and what to do."""
     from .doctor import examine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import contextmanager
 from functools import lru_cache
@@ -38,10 +39,10 @@ def run(request: Request, report: Report) -> Result:
         InputError: something in the request can't be used.
     """
     clock = Clock(report)
+    check_request(request)
     settings, arrays = request.settings, request.arrays
     quality = PRESETS[settings.preset]
     warnings: list[dict[str, str]] = []
-    check_request(request)
 
     with clock("canonicalise"):
         mesh, similarity = canonical_mesh(request)
@@ -93,6 +94,13 @@ def run(request: Request, report: Report) -> Result:
             "gaussian_colors": cloud.colors.numpy(),
         },
     )
+
+
+def describe() -> dict[str, str]:
+    """What the server tells its clients of itself; loads the generator, so that the first job finds it warm."""
+    shipped_generator()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {"device": device, "model": "Track4D motion, shipped weights"}
 
 
 class Clock:
