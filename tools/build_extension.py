@@ -119,7 +119,6 @@ def stage(manifest: str, wheels: list[Wheel], work: Path) -> Path:
         if wheel.name == PROTOCOL:
             build_protocol(wheel, work, folder / "wheels")
         else:
-            download(wheel)
             shutil.copy(WHEELS / wheel.filename, folder / "wheels")
     listed = "".join(f'  "./wheels/{wheel.filename}",\n' for wheel in wheels)
     manifest = re.sub(r"(?ms)^wheels = \[.*?^\]", f"wheels = [\n{listed}]", manifest)
@@ -127,21 +126,17 @@ def stage(manifest: str, wheels: list[Wheel], work: Path) -> Path:
     return folder
 
 
-def build(extra_pythons: list[str] | None = None) -> Path:
+def build(manifest: str, wheels: list[Wheel], suffix: str = "") -> Path:
     """
     Args:
-        extra_pythons: further Python versions to carry wheels for, as "3.14".
+        manifest: text of blender_manifest.toml.
+        wheels: what the zip carries, whatever the manifest lists.
+        suffix: of the zip's name.
 
     Returns:
         Path of the zip, validated by Blender's tool.
     """
-    manifest = (ROOT / "blender_manifest.toml").read_text("utf-8")
-    wheels = manifest_wheels(manifest)
-    for python in extra_pythons or []:
-        wheels += with_python(wheels, python)
-    WHEELS.mkdir(parents=True, exist_ok=True)
     DIST.mkdir(exist_ok=True)
-    suffix = "".join(f"-py{python}" for python in extra_pythons or [])
     name = f"track4d-{tomllib.loads(manifest)['version']}{suffix}.zip"
     with tempfile.TemporaryDirectory(dir=WHEELS.parent) as folder:
         work = Path(folder)
@@ -159,11 +154,21 @@ def blender(*command: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--python", action="append", metavar="3.14", help="carry wheels for this Python too (repeatable)"
-    )
-    archive = build(parser.parse_args().python)
-    print(f"{archive}  {archive.stat().st_size / 1e6:.1f} MB")
+    parser.add_argument("--python", action="append", default=[], metavar="3.14", help="carry wheels for this Python too")
+    parser.add_argument("--wheels-only", action="store_true", help="download what a build needs, and build nothing")
+    chosen = parser.parse_args()
+
+    manifest = (ROOT / "blender_manifest.toml").read_text("utf-8")
+    wheels = manifest_wheels(manifest)
+    for python in chosen.python:
+        wheels += with_python(wheels, python)
+    WHEELS.mkdir(parents=True, exist_ok=True)
+    for wheel in wheels:
+        if wheel.name != PROTOCOL:
+            download(wheel)
+    if not chosen.wheels_only:
+        archive = build(manifest, wheels, "".join(f"-py{python}" for python in chosen.python))
+        print(f"{archive}  {archive.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
