@@ -105,7 +105,7 @@ def test_bad_settings_are_refused(capsule, settings, code) -> None:
     ("vertices", np.zeros((0, 3), np.float32), "empty_mesh"),
     ("faces", np.zeros((0, 3), np.int32), "empty_mesh"),
     ("vertices", np.full((160, 3), np.nan, np.float32), "not_finite"),
-    ("faces", np.array([[0, 1, 100_000]], np.int32), "bad_indices"),
+    ("faces", np.array([[0, 1, 100_000]], np.int32), "bad_faces"),
     ("faces", np.array([[0, 0, 0]], np.int32), "degenerate_mesh"),
 ])
 def test_bad_meshes_are_refused(capsule, name, value, code) -> None:
