@@ -125,7 +125,7 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
             if tracked is not None:
                 starts = [registration.follow_places(guess, tracked)]
             else:
-                starts = [registration.follow_flow(guess, frame, look), guess][:frame]  # in frame 1 the guess is frame 0
+                starts = [registration.follow_flow(guess, frame, look), guess]
             for rigidity in rounds:
                 starts = list(pool.map(lambda start: registration.refine(start, frame, rigidity, tracked), starts))  # noqa: B023
                 done += 1

@@ -233,10 +233,10 @@ class Registration:
         targets.uv[view, points] = matched
         targets.weights[view, points] = good & (bilinear(mask, matched) > 0.5)
 
-    def silhouette_targets(self, look: Look, frame: int) -> list[Targets]:
+    def silhouette_targets(self, look: Look, frame: int, outliers: float) -> list[Targets]:
         """Points outside of the mask go to the nearest place inside; mask pixels that nothing covers call the nearest point."""
         footage, unit = self.footage, self.footage.unit
-        inwards, cover = Targets.none(look.uv, NO_OUTLIERS), Targets.none(look.uv, COVER_SCALE)
+        inwards, cover = Targets.none(look.uv, NO_OUTLIERS), Targets.none(look.uv, COVER_SCALE * outliers)
         limit = footage.size - BORDER * unit
         for v in range(footage.views):
             mask = footage.masks[v, frame]
@@ -307,7 +307,7 @@ class Registration:
         """One round: look, match, solve."""
         outliers = float(np.clip(rigidity, 1, 8))
         look = self.look(pose)
-        targets = [self.flow_targets(look, frame, outliers), *self.silhouette_targets(look, frame)]
+        targets = [self.flow_targets(look, frame, outliers), *self.silhouette_targets(look, frame, outliers)]
         return self.solve(pose, targets, rigidity, places, outliers)
 
     def follow_flow(self, pose: Pose, frame: int, before: Look) -> Pose:

@@ -37,6 +37,7 @@ def dense_flow(first: np.ndarray, second: np.ndarray, upsampling: int = 2) -> np
     if upsampling > 1:
         first, second = (cv2.resize(p, None, fx=upsampling, fy=upsampling, interpolation=cv2.INTER_CUBIC)
                          for p in (first, second))
+    first, second = np.ascontiguousarray(first), np.ascontiguousarray(second)
     below, right = (max(SMALLEST - side, 0) for side in first.shape)
     if below or right:
         first, second = (cv2.copyMakeBorder(p, 0, below, 0, right, cv2.BORDER_REPLICATE) for p in (first, second))
