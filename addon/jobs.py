@@ -186,6 +186,8 @@ def attach(context: bpy.types.Context, start: bool = False) -> None:
     _thread.commands.put(link.Attach(source, start))
     if not bpy.app.timers.is_registered(_timer):
         bpy.app.timers.register(_timer, persistent=True)
+    if _file_loaded not in bpy.app.handlers.load_post:
+        bpy.app.handlers.load_post.append(_file_loaded)
 
 
 def wake(context: bpy.types.Context) -> None:
@@ -200,6 +202,8 @@ def shut_down() -> None:
     atexit.unregister(shut_down)
     if bpy.app.timers.is_registered(_timer):
         bpy.app.timers.unregister(_timer)
+    if _file_loaded in bpy.app.handlers.load_post:
+        bpy.app.handlers.load_post.remove(_file_loaded)
     for capture in _captures.values():
         capture.close()
     _captures.clear()
@@ -221,6 +225,14 @@ def _timer() -> float:
     except Exception:  # noqa: BLE001 - Blender drops a timer that raises, and the panel would stay as it is for ever
         log.exception("A timer tick failed")
         return IDLE_TICK
+
+
+@bpy.app.handlers.persistent
+def _file_loaded(*_: object) -> None:
+    """Another file carries other results: ask again which ones wait."""
+    state.applied, state.warnings = None, []
+    if _thread is not None:
+        _thread.commands.put(link.ListJobs())
 
 
 def tick() -> float:

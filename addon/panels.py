@@ -153,15 +153,16 @@ def _draw_applied(layout: bpy.types.UILayout, applied: dict[str, Any]) -> None:
 
 
 def _draw_results(layout: bpy.types.UILayout, results: list[FinishedJob]) -> None:
+    here = [job for job in results if all(name in bpy.data.objects for name in job.objects)][:SHOWN_RESULTS]
     box = layout.box()
     box.label(text="Finished, not applied", icon="CHECKMARK")
-    for job in results[:SHOWN_RESULTS]:
+    for job in here:
         row = box.row(align=True)
         row.label(text=f"{', '.join(job.objects)}: {job.prompt}")
         row.operator("track4d.apply_result", text="Apply").job_id = job.id
         row.operator("track4d.dismiss_result", text="", icon="X").job_id = job.id
-    if len(results) > SHOWN_RESULTS:
-        box.label(text=f"and {len(results) - SHOWN_RESULTS} more")
+    if len(results) > len(here):
+        box.label(text=f"{len(results) - len(here)} {'more' if here else 'of other files'}")
 
 
 def job_text(job: ActiveJob) -> str:

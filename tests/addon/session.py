@@ -211,11 +211,43 @@ def interrupted(archive: str, **server) -> dict:
     assert pump(lambda: jobs.state.active and all(j.phase is jobs.Phase.RUNNING for j in jobs.state.active.values()))
     bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
     pump(lambda: not jobs.state.active)
-    (foreign,) = jobs.state.finished
+    pump(lambda: len(jobs.state.finished) == 2, 10)
+    foreign = next(job_id for job_id in jobs.state.finished if job_id != waiting)
+    offered_again = waiting in jobs.state.finished
     bpy.ops.track4d.apply_result(job_id=foreign)
     missing = jobs.state.problem.code
     bpy.ops.track4d.dismiss_result(job_id=foreign)
-    return {"refused": [sorted(refused[0]), refused[1]], "missing": missing, "left": len(jobs.state.finished), **answer}
+    return {
+        "refused": [sorted(refused[0]), refused[1]],
+        "missing": missing,
+        "offered_again": offered_again,
+        "left": len(jobs.state.finished),
+        **answer,
+    }
+
+
+def two(archive: str, **server) -> dict:
+    """Two objects at once: the second waits for its turn, and each gets its own motion."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    first, second = monkey(), add_monkey()
+    second.location.x = 3
+    queued = set()
+
+    def look() -> bool:
+        queued.update(job.id for job in jobs.state.active.values() if job.phase is jobs.Phase.QUEUED)
+        return not jobs.state.active
+
+    for obj, prompt in ((first, "the monkey nods slowly"), (second, "the monkey nods")):
+        bpy.ops.object.select_all(action="DESELECT")
+        obj.select_set(True)
+        bpy.context.scene.track4d.prompt = prompt
+        bpy.ops.track4d.animate()
+    started = len(jobs.state.active)
+    finished = pump(look)
+    prompts = [obj.data.shape_keys["track4d"]["prompt"] for obj in (first, second)]
+    return {"started": started, "queued": len(queued), "finished": finished, "prompts": prompts}
 
 
 def leave(archive: str, blend: str, **server) -> dict:

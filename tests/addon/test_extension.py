@@ -235,7 +235,14 @@ def test_a_result_waits_for_a_blender_that_was_closed(blender, server, tmp_path)
 def test_a_result_is_never_forced_onto_a_scene_that_is_not_ready(blender, server):
     answer = blender("interrupted", connection=server.connection)
     assert answer["refused"] == [["CANCELLED"], "in_edit_mode"] and answer["keys"] == 17
-    assert answer["missing"] == "object_missing" and answer["left"] == 0
+    assert answer["missing"] == "object_missing"
+    assert answer["offered_again"] and answer["left"] == 1, "what the other file doesn't carry is offered in it"
+
+
+def test_two_objects_at_once(blender, server):
+    answer = blender("two", connection=server.connection)
+    assert answer["started"] == 2 and answer["queued"] >= 1 and answer["finished"]
+    assert answer["prompts"] == ["the monkey nods slowly", "the monkey nods"]
 
 
 def test_a_failed_job_leaves_a_sentence_and_a_working_panel(blender, server):

@@ -9,7 +9,7 @@ from track4d_protocol.messages import Request, Result
 def run(request: Request, report) -> Result:
     """A vertical wave through the captured vertices, at rest in frame 0."""
     settings, vertices = request.settings, request.arrays["vertices"]
-    steps = 160 if "slowly" in settings.prompt else 8
+    steps = 200 if "very slowly" in settings.prompt else 50 if "slowly" in settings.prompt else 8
     for step in range(steps):
         shade = np.full((64, 64, 3), int(255 * step / steps), np.uint8)
         report("fit", step, steps, preview=shade if step % 4 == 0 else None)

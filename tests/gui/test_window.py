@@ -21,7 +21,7 @@ def test_a_user_animates_and_cancels(suite, shared, tmp_path):
         pytest.skip("there is no script that sets up a Blender window, or no right to run it")
     environment = os.environ | {"SETUP": str(setup), "SHOTS": str(tmp_path), "WORK": "tiny_work:run", "WAIT": "120"}
     done = subprocess.run(
-        [HERE / "run.sh", suite, "", "the monkey nods slowly"], env=environment, capture_output=True, text=True
+        [HERE / "run.sh", suite, "", "the monkey nods very slowly"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert {"1_ready.png", "2_progress.png", "3_applied.png", "5_cancelled.png"} <= {p.name for p in tmp_path.iterdir()}
