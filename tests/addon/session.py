@@ -227,27 +227,21 @@ def interrupted(archive: str, **server) -> dict:
 
 
 def two(archive: str, **server) -> dict:
-    """Two objects at once: the second waits for its turn, and each gets its own motion."""
+    """Two objects at once: the second waits for its turn, which comes when the first is cancelled."""
     install(archive)
     use_server(**server)
     jobs, _ = addon()
     first, second = monkey(), add_monkey()
-    second.location.x = 3
-    queued = set()
-
-    def look() -> bool:
-        queued.update(job.id for job in jobs.state.active.values() if job.phase is jobs.Phase.QUEUED)
-        return not jobs.state.active
-
-    for obj, prompt in ((first, "the monkey nods slowly"), (second, "the monkey nods")):
+    for obj, prompt in ((first, "the monkey nods very slowly"), (second, "the monkey nods")):
         bpy.ops.object.select_all(action="DESELECT")
         obj.select_set(True)
         bpy.context.scene.track4d.prompt = prompt
         bpy.ops.track4d.animate()
-    started = len(jobs.state.active)
-    finished = pump(look)
-    prompts = [obj.data.shape_keys["track4d"]["prompt"] for obj in (first, second)]
-    return {"started": started, "queued": len(queued), "finished": finished, "prompts": prompts}
+    first_job, second_job = list(jobs.state.active.values())
+    queued = pump(lambda: second_job.phase is jobs.Phase.QUEUED)
+    bpy.ops.track4d.cancel(job_id=first_job.id)
+    finished = pump(lambda: not jobs.state.active)
+    return {"queued": queued, "finished": finished, "keys": [shape(obj)["keys"] for obj in (first, second)]}
 
 
 def leave(archive: str, blend: str, **server) -> dict:
