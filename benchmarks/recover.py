@@ -11,6 +11,7 @@ edge  mean change of edge lengths, in brackets that of the truth
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 SIZE = 256
 PRESETS = {"default": DEFAULT, "fast": FAST}
 
-# asset, clip, and the prototype's err on clean video with mesh renders and with Gaussian renders, on degraded video with mesh renders
+# Asset, clip, and the prototype's err: clean video with mesh renders and with Gaussian renders, degraded video with mesh renders.
 CLIPS = {
     "fox": ("fox", "Run", 0.17, 0.18, 0.25),
     "gull": ("gull", "Flap", 0.05, 0.09, 0.18),
@@ -59,8 +60,10 @@ def load_truth(name: str, assets: Path) -> Truth:
     cached = HERE.parent / "out" / "recover" / f"{name}.npz"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, str(HERE / "clips.py"), str(assets / f"{asset}.glb"), clip, str(cached)],
-                       check=True, stdout=subprocess.DEVNULL)
+        partial = cached.with_suffix(f".{os.getpid()}.npz")
+        subprocess.run([sys.executable, str(HERE / "clips.py"), str(assets / f"{asset}.glb"), clip, str(partial)],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        partial.replace(cached)
     with np.load(cached) as data:
         faces = data["faces"]
         vertices = data["vertices"]
@@ -148,7 +151,7 @@ def measure(truth: Truth, vertices: np.ndarray) -> dict[str, float]:
 
 
 def contact_sheet(truth: Truth, vertices: np.ndarray, path: Path) -> None:
-    """Truth (upper rows) and result (lower rows), front and held-out view, five moments; JPEG."""
+    """Truth (upper rows) and result (lower rows), front and held-out view, five moments."""
     tile, moments = 128, [0, 3, 6, 9, 12]
     viewmats = np.concatenate([orbit_viewmats([90.0]), orbit_viewmats([45.0], 30.0)])
     rows = []
@@ -171,6 +174,8 @@ def main() -> None:
     unknown = [name for name in arguments.clips if name not in CLIPS]
     if unknown:
         parser.error(f"unknown clip {', '.join(unknown)}")
+    if arguments.preset != "default":
+        print("The prototype's figures are for the default preset.")
     print(f"{'clip':14s} {'err':>6s} {'w10':>6s} {'PSNR':>6s} {'edge (true)':>13s} {'cpu s':>6s} {'wall s':>6s}   "
           f"prototype err, ratio: mesh, Gaussians")
     for name in arguments.clips or [name for name in CLIPS if name not in EXTRAS]:
@@ -183,7 +188,8 @@ def main() -> None:
         published = CLIPS[name][4:] if arguments.degraded else CLIPS[name][2:4]
         beside = ", ".join(f"{p:.2f} x{m['err'] / p:.2f}" for p in published if p)
         edges = f"{m['edge']:.3f} ({m['true_edge']:.3f})"
-        print(f"{name:14s} {m['err']:6.3f} {m['w10']:6.3f} {m['psnr']:6.2f} {edges:>13s} {cpu:6.1f} {wall:6.1f}   {beside}", flush=True)
+        print(f"{name:14s} {m['err']:6.3f} {m['w10']:6.3f} {m['psnr']:6.2f} {edges:>13s} {cpu:6.1f} {wall:6.1f}   {beside}",
+              flush=True)
         if arguments.sheet:
             contact_sheet(truth, field.vertices, arguments.sheet / f"{name}.png")
 

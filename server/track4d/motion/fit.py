@@ -108,7 +108,8 @@ def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarr
         cv2.setNumThreads(threads)
 
 
-def _follow(registration: Registration, rounds: tuple[float, ...], places: list[Places] | None, total: int, report: Report) -> MotionField:
+def _follow(registration: Registration, rounds: tuple[float, ...], places: list[Places] | None, total: int,
+            report: Report) -> MotionField:
     """Fits one frame after the other, each from the extrapolated motion."""
     footage, mesh = registration.footage, registration.mesh
     pose = before = Pose.at_rest(registration.nodes)
@@ -182,6 +183,7 @@ def _check_first_frame(mesh: Mesh, footage: Footage, shading: np.ndarray) -> Non
     colors = zbuffer.over(rgba, 0.0)[both] * 255 - footage.colors[:, 0][both]
     psnr = 10 * np.log10(255**2 / max(float((colors**2).mean()), 1e-3)) if both.any() else 0.0
     if overlap < LEAST_OVERLAP or psnr < LEAST_PSNR:
-        raise InputError("video_mismatch", f"Frame 0 of the video does not show this mesh: the silhouettes overlap by {overlap:.0%}, "
-                         f"and the colours agree to {psnr:.1f} dB (at least {LEAST_OVERLAP:.0%} and {LEAST_PSNR:.0f} dB are needed).",
+        raise InputError("video_mismatch", f"Frame 0 of the video does not show this mesh: the silhouettes overlap by "
+                         f"{overlap:.0%} and the colours agree to {psnr:.1f} dB (at least {LEAST_OVERLAP:.0%} and "
+                         f"{LEAST_PSNR:.0f} dB are needed).",
                          "Use the video that was made from this mesh with these cameras, and give the mesh its pose of frame 0.")

@@ -77,7 +77,8 @@ def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> Foo
         raise InputError("bad_video_size", f"The video's pictures are {width} x {height} pixels.",
                          f"Give square pictures of at least {SMALLEST_SIZE} pixels; {WORKING_SIZE} is best.")
     if viewmats.shape != (views, 4, 4) or Ks.shape != (views, 3, 3):
-        raise InputError("bad_cameras", f"The video has {views} views, the cameras are {list(viewmats.shape)} and {list(Ks.shape)}.",
+        raise InputError("bad_cameras",
+                         f"The video has {views} views, the cameras are {list(viewmats.shape)} and {list(Ks.shape)}.",
                          "Give one 4x4 world-to-camera and one 3x3 pinhole matrix per view.")
     if not (np.isfinite(viewmats).all() and np.isfinite(Ks).all()):
         raise InputError("bad_cameras", "A camera matrix has numbers that are not finite.", "Check the cameras of the video.")

@@ -141,7 +141,8 @@ class Registration:
         used = np.abs(shares).sum(2) > 0
         self.starts = np.concatenate([[0], np.cumsum(used.sum(1))])
         row, self.members = np.nonzero(used)
-        self.levers, self.weights = shares[row, self.members, :3].astype(np.float64), shares[row, self.members, 3].astype(np.float64)
+        used_shares = shares[row, self.members].astype(np.float64)
+        self.levers, self.weights = np.ascontiguousarray(used_shares[:, :3]), np.ascontiguousarray(used_shares[:, 3])
 
         incidence = sp.csr_matrix((np.ones(len(row)), (row, self.members)), shape=(points, count))
         tails, heads = nodes.edges.T
