@@ -283,7 +283,8 @@ def _take(event: link.Event) -> None:
     if isinstance(event, link.ServerChanged):
         state.server = event.server
         state.hello = event.hello or state.hello
-        state.server_problem = _problem(event.error) if event.error else None
+        error = event.error or worker_error(event.hello)
+        state.server_problem = _problem(error) if error else None
     elif isinstance(event, link.JobChanged):
         _update(event.job)
     elif isinstance(event, link.JobsListed):
@@ -389,6 +390,12 @@ def _fail(job_id: str, error: Track4DError) -> None:
 def _drop(job_id: str) -> None:
     _dropped.add(job_id)
     previews.drop(job_id)
+
+
+def worker_error(hello: dict[str, Any] | None) -> Track4DError | None:
+    """Why a server that answers can't work, from its hello."""
+    told = (hello or {}).get("worker_error")
+    return error_from_dict(told) if isinstance(told, dict) else None
 
 
 def _warning(warning: dict[str, str]) -> Problem:

@@ -87,12 +87,14 @@ class VIEW3D_PT_track4d_advanced(bpy.types.Panel):
 
 def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> None:
     """One line about the server, or what keeps it away and the button that helps."""
-    device = (state.hello or {}).get("device", "")
+    hello = state.hello or {}
+    device = hello.get("device", "")
+    connected = {"failed": ("The server can't work", "ERROR"), "starting": ("The server warms up", "SORTTIME")}
     text, icon = {
         "unknown": ("Looking for the server", "SORTTIME"),
         "connecting": ("Looking for the server", "SORTTIME"),
         "starting": ("Starting the server", "SORTTIME"),
-        "connected": (f"Server on {device}" if device else "Server ready", "CHECKMARK"),
+        "connected": connected.get(hello.get("worker", ""), (f"Server on {device}" if device else "Server ready", "CHECKMARK")),
         "absent": ("No server", "UNLINKED"),
         "lost": ("Lost the server, looking for it", "UNLINKED"),
     }[state.server.value]

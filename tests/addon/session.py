@@ -315,7 +315,7 @@ def no_server(archive: str, **server) -> dict:
     jobs.wake(bpy.context)
     pump(lambda: jobs.state.server_problem is not None, 20)
     code = jobs.state.server_problem.code
-    operator, _, _ = panels.FIXES[code]
+    operator = panels.FIXES.get(code, [""])[0]
     return {"code": code, "fix": operator.removeprefix("track4d.") in dir(bpy.ops.track4d)}
 
 

@@ -70,17 +70,17 @@ class TestServer:
 
     __test__ = False
 
-    def __init__(self, home: Path) -> None:
-        self.home, self.connection = home, home / "connection.json"
+    def __init__(self, home: Path, work: str = "tiny_work:run") -> None:
+        self.home, self.connection, self.work = home, home / "connection.json", work
         self.start()
 
     def start(self) -> None:
-        code = "import sys, pathlib, track4d.service as s; s.serve(pathlib.Path(sys.argv[1]), work='tiny_work:run')"
+        code = "import sys, pathlib, track4d.service as s; s.serve(pathlib.Path(sys.argv[1]), work=sys.argv[2])"
         environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
         self.home.mkdir(exist_ok=True)
         self.log = open(self.home / "test.log", "ab")  # noqa: SIM115 - closed in `stop`
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, str(self.home)], env=environment, stdout=self.log, stderr=self.log
+            [sys.executable, "-c", code, str(self.home), self.work], env=environment, stdout=self.log, stderr=self.log
         )
         end = time.monotonic() + 30
         while True:
@@ -252,6 +252,14 @@ def test_a_failed_job_leaves_a_sentence_and_a_working_panel(blender, server):
 
 def test_without_a_server_the_panel_offers_to_start_it(blender):
     assert blender("no_server") == {"code": "server_not_running", "fix": True}
+
+
+def test_a_server_that_cannot_work_says_why(blender, tmp_path):
+    server = TestServer(tmp_path / "home", work="no_such_module:run")
+    try:
+        assert blender("no_server", connection=server.connection)["code"] == "worker_unusable"
+    finally:
+        server.stop()
 
 
 def test_switching_off_leaves_nothing(blender):
