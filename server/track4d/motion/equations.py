@@ -1,7 +1,8 @@
 """The normal equations of one Gauss-Newton step: unknowns are a rotation vector and a shift per node.
 
-A surface point x = sum_a (R_a m_a + w_a p_a) moves by sum_a (omega_a x arm_a + w_a shift_a), where arm_a = R_a m_a is the node's
-share of the point. Nodes are numbered along the surface, so that the matrix is banded: `band[c, r - c]` is row r >= c of column c.
+A surface point x = sum_a (R_a m_a + w_a p_a) moves by sum_a (omega_a x arm_a + w_a shift_a), where arm_a = R_a m_a is the
+node's share of the point. Nodes are numbered along the surface, so that the matrix is banded: `band[c, r - c]` is row r >= c of
+column c. One thread and no GIL: the registration runs two fits side by side.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class MotionField:
 
     Attributes:
         vertices: [F, N, 3] float32, canonical.
-        confidence: [F, N] float32 in 0..1: 0 = no view saw the vertex and its neighbours carry it, 0.5 = one view, 0.75 = two, ...
+        confidence: [F, N] float32 in 0..1: 0 = no view saw the vertex (its neighbours carry it), 0.5 = one, 0.75 = two, ...
     """
 
     vertices: np.ndarray

@@ -33,7 +33,8 @@ class FitPreset:
         rounds: stiffness factor of each round of a frame; outlier tolerance falls with it.
         stiffness: weight of the as-rigid-as-possible energy at factor 1.
         steps: Gauss-Newton steps per round.
-        track_rounds, track_stiffness: the same where 3D tracks say where the surface goes.
+        track_rounds, track_stiffness: the same where 3D tracks say where the surface goes. Stiffer, because tracks tear; the
+            stiffness grows further in frames whose edges would change too much.
     """
 
     nodes: int = 200
@@ -63,7 +64,8 @@ class Tracks3D:
 
 
 def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, shading: np.ndarray | None = None,
-               tracks: Tracks3D | None = None, preset: FitPreset = DEFAULT, seed: int = 0, report: Report = silent) -> MotionField:
+               tracks: Tracks3D | None = None, preset: FitPreset = DEFAULT, seed: int = 0,
+               report: Report = silent) -> MotionField:
     """Finds the motion of a mesh in a multi-view video.
 
     Args:
@@ -96,6 +98,7 @@ def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarr
     edges = surface.edges()
     edges = edges[edges[:, 0] != edges[:, 1]]
     nodes = build_nodes(surface.vertices, surface.vertex_normals(), edges, preset.nodes)
+    report("fit", 0, total)
     stiffness = preset.stiffness if tracks is None else preset.track_stiffness
     registration = Registration(mesh, welded, nodes, footage, shading, preset.points, stiffness, preset.steps, seed)
     places = None if tracks is None else _sample_tracks(registration, tracks, footage.frames, len(mesh.vertices))

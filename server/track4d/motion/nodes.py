@@ -1,8 +1,8 @@
 """Control nodes: a few hundred rigid frames on the surface that carry every vertex.
 
-A vertex is the blend of what its nearest nodes do with it, x = sum_k w_k (R_k (x0 - g_k) + p_k): linear in the stacked rotations
-and positions, so posing the mesh is one sparse product (embedded deformation, Sumner et al. 2007). Distances run along the surface,
-so a hand on a hip does not stick to it. The graph between nodes carries the as-rigid-as-possible energy.
+A vertex is the blend of what its nearest nodes do with it, x = sum_k w_k (R_k (x0 - g_k) + p_k): linear in the stacked
+rotations and positions, so posing the mesh is one sparse product (embedded deformation, Sumner et al. 2007). Distances run along
+the surface, so a hand on a hip does not stick to it. The graph between nodes carries the as-rigid-as-possible energy.
 """
 
 from __future__ import annotations

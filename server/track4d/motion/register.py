@@ -128,7 +128,9 @@ class Registration:
                  stiffness: float, steps: int, seed: int) -> None:
         self.mesh, self.welded, self.nodes, self.footage, self.shading = mesh, welded, nodes, footage, shading
         self.stiffness, self.steps = stiffness, steps
-        self.Ks = zbuffer.scale_intrinsics(footage.Ks, 1 / footage.unit).astype(np.float64)  # in pixels at 256
+        # Pinhole matrices in pixels at 256, in which all residuals are.
+        self.Ks = zbuffer.scale_intrinsics(footage.Ks, 1 / footage.unit).astype(np.float64)
+        # Flow is computed at about 512 pixels.
         self.upsampling = int(np.clip(round(512 / footage.size), 2, 4))
 
         triangle, barycentric = sample_surface(mesh.vertices, mesh.faces, points, seed)
@@ -136,14 +138,16 @@ class Registration:
         rows = np.repeat(np.arange(points), 3)
         samples = sp.csr_matrix((barycentric.ravel(), (rows, welded[self.corners].ravel())),
                                 shape=(points, nodes.skinning.shape[0]))
+        # Points are linear in the nodes too: point i has the entries starts[i]..starts[i + 1] of members, levers and weights.
         count = len(nodes.rest)
-        shares = (samples @ nodes.skinning).toarray().reshape(points, count, 4)
+        shares = (samples @ nodes.skinning).toarray().reshape(points, count, 4)  # [P, K, 4]
         used = np.abs(shares).sum(2) > 0
         self.starts = np.concatenate([[0], np.cumsum(used.sum(1))])
         row, self.members = np.nonzero(used)
         used_shares = shares[row, self.members].astype(np.float64)
         self.levers, self.weights = np.ascontiguousarray(used_shares[:, :3]), np.ascontiguousarray(used_shares[:, 3])
 
+        # Numbering the nodes along the surface keeps the matrix of the normal equations banded.
         incidence = sp.csr_matrix((np.ones(len(row)), (row, self.members)), shape=(points, count))
         tails, heads = nodes.edges.T
         coupled = (incidence.T @ incidence + sp.csr_matrix((np.ones(len(tails)), (tails, heads)), shape=(count, count))).tocsr()
@@ -151,6 +155,7 @@ class Registration:
         self.slot[reverse_cuthill_mckee(coupled, symmetric_mode=True)] = np.arange(count)
         linked = coupled.tocoo()
         self.band_width = 6 * (int(np.abs(self.slot[linked.row] - self.slot[linked.col]).max()) + 1)
+
         edges = np.unique(np.sort(welded[mesh.edges()], 1), axis=0)
         rest = self.nodes.pose(Pose.at_rest(nodes).rotations, nodes.rest)
         self.edges = edges[np.linalg.norm(rest[edges[:, 0]] - rest[edges[:, 1]], axis=1) > 1e-4]
