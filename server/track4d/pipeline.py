@@ -82,7 +82,7 @@ def run(request: Request, report: Report) -> Result:
             "version": __version__, "task": settings.task, "prompt": settings.prompt, "seed": settings.seed,
             "preset": settings.preset, "frames": settings.frames, "vertices": len(mesh.vertices), "triangles": len(mesh.faces),
             "gaussians": len(cloud.opacities), "seconds": clock.seconds, "warnings": warnings,
-            "edge_change_p99": edge_change(mesh, vertices), "torch": torch.__version__,
+            "moved": moved(vertices), "edge_change_p99": edge_change(mesh, vertices), "torch": torch.__version__,
         },
         arrays={
             "vertices": similarity.invert(vertices),
@@ -167,6 +167,12 @@ def grid(pictures: np.ndarray) -> np.ndarray:
     padded[:len(pictures)] = pictures
     rows = [np.concatenate(list(half), 1) for half in np.split(padded, 2)] if count > 1 else [padded[0]]
     return (np.concatenate(rows, 0).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def moved(vertices: np.ndarray) -> float:
+    """Mean over vertices of the largest displacement from frame 0, in bounding-box diagonals; vertices [F, N, 3]."""
+    diagonal = float(np.linalg.norm(np.ptp(vertices[0], axis=0)))
+    return round(float(np.linalg.norm(vertices - vertices[0], axis=-1).max(0).mean()) / diagonal, 4)
 
 
 def edge_change(mesh: Mesh, vertices: np.ndarray) -> float:
