@@ -66,8 +66,9 @@ def main() -> None:
             continue
         r = animate(file, prompt, front, arguments.sheets / f"{name}.jpg")
         client, server = r["client_seconds"], r["seconds"]
-        print(f"| {name} | {prompt} | {r['vertices']} | {r['moved']:.3f} | {r['edge_change_p99']:.2f} | {client['capture']:.1f} | "
-              f"{server['generate']:.1f} | {server['fit']:.1f} | {sum(client.values()):.1f} | {r['peak_memory_bytes'] / 1e9:.1f} |",
+        print(f"| {name} | {prompt} | {r['vertices']} | {r['moved']:.3f} | {r['edge_change_p99']:.2f} | "
+              f"{client['capture']:.1f} | {server['generate']:.1f} | {server['fit']:.1f} | {sum(client.values()):.1f} | "
+              f"{r['peak_memory_bytes'] / 1e9:.1f} |",
               flush=True)
 
 
