@@ -1,4 +1,4 @@
-"""The error that the panel shows: put away, or copied with everything that a helper would ask for."""
+"""The error that the panel shows: put away, or copied with everything that a developer would ask for."""
 
 from __future__ import annotations
 
