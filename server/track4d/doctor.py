@@ -126,7 +126,7 @@ def tiny_job() -> Finding:
     from track4d_protocol.space import canonical_similarity, intrinsics, orbit_viewmats
 
     from .geometry.mesh import Mesh
-    from .geometry.zbuffer import render
+    from .geometry.zbuffer import render, straight
     from .pipeline import run
     from .progress import silent
 
@@ -137,10 +137,9 @@ def tiny_job() -> Finding:
     viewmats, Ks = orbit_viewmats(), intrinsics(128, 4)
     shading = 0.6 + 0.4 * np.sin(6 * mesh.vertices)
     stills = render(mesh, mesh.vertices[None], viewmats, Ks, 128, shading=shading)[0]
-    stills[..., :3] /= np.maximum(stills[..., 3:], 1e-6)
     request = Request(Settings(prompt="it sways", frames=4, preset="fast"), ["ball"], {
         "vertices": ball.vertices.astype(np.float32), "faces": ball.faces.astype(np.int32),
-        "views": (stills * 255).astype(np.uint8), "viewmats": similarity.viewmats_to_world(viewmats), "Ks": Ks})
+        "views": (straight(stills) * 255).astype(np.uint8), "viewmats": similarity.viewmats_to_world(viewmats), "Ks": Ks})
     try:
         result = run(request, silent)
     except Track4DError as error:

@@ -59,7 +59,7 @@ def run(request: Request, report: Report) -> Result:
             shading = estimate_shading(mesh, stills, viewmats, Ks)
             video = decode_video(mesh, generated.tracks, viewmats, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
             tracks = Tracks3D(generated.tracks, generated.confidence)
-            glimpse = grid(over(video[:, len(video[0]) // 3] / 255.0, BACKGROUND))
+            glimpse = grid(on_grey(video[:, FITTED_FRAMES // 3]))
             report("generate", quality.sampling_steps, quality.sampling_steps, glimpse)
     else:
         video, tracks = arrays["video"], None
@@ -147,11 +147,16 @@ def word_warnings(generator: MotionGenerator, prompt: str) -> list[dict[str, str
 def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, quality: Preset, seed: int) -> Cloud:
     """Gaussians on the mesh's vertices and triangles, their appearance fitted to the still pictures."""
     cloud = seed_cloud(mesh, quality.gaussians, torch.Generator().manual_seed(seed))
-    pictures = torch.from_numpy(stills.astype(np.float32) / 255)  # [V, H, W, 4]
-    alphas = pictures[..., 3]
-    colors = pictures[..., :3] * alphas[..., None] + (1 - alphas[..., None]) * BACKGROUND
-    return refine_appearance(cloud, torch.from_numpy(mesh.faces), torch.from_numpy(mesh.vertices), colors, alphas,
-                             torch.from_numpy(viewmats), torch.from_numpy(Ks), steps=quality.appearance_steps)
+    alphas = torch.from_numpy(stills[..., 3].astype(np.float32) / 255)  # [V, H, W]
+    return refine_appearance(cloud, torch.from_numpy(mesh.faces), torch.from_numpy(mesh.vertices),
+                             torch.from_numpy(on_grey(stills)), alphas, torch.from_numpy(viewmats), torch.from_numpy(Ks),
+                             steps=quality.appearance_steps)
+
+
+def on_grey(pictures: np.ndarray) -> np.ndarray:
+    """Straight-alpha pictures [..., 4] uint8 on the capture's background; [..., 3] float32 in 0..1."""
+    rgba = pictures.astype(np.float32) / 255
+    return rgba[..., :3] * rgba[..., 3:] + (1 - rgba[..., 3:]) * np.float32(BACKGROUND)
 
 
 def film(mesh: Mesh, vertices: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, size: int, shading: np.ndarray) -> np.ndarray:

@@ -126,8 +126,8 @@ def test_decoded_video_starts_with_the_capture(generator, dog):
     motion = generate(generator, dog, frames=4)
     video = decode_video(mesh, motion.tracks, VIEWMATS, KS, 128, thing.colors)
     assert video.shape == (4, 4, 128, 128, 4) and video.dtype == np.uint8
-    flat = views[..., :3] * (views[..., 3:] / 255.0)
-    assert np.abs(video[:, 0, ..., :3] - flat).mean() < 1
+    shown, flat = (rgba[..., :3] * (rgba[..., 3:] / 255.0) for rgba in (video[:, 0], views))
+    assert np.abs(shown - flat).mean() < 1
     assert (video[:, 1:] != video[:, :1]).any()
 
 

@@ -179,6 +179,11 @@ def render(mesh: Mesh, vertices: np.ndarray, viewmats: np.ndarray, Ks: np.ndarra
     return out.reshape(len(vertices), views, size, size, 4)
 
 
+def straight(rgba: np.ndarray) -> np.ndarray:
+    """Premultiplied RGBA [..., 4] with the colours divided by alpha, as pictures are stored."""
+    return np.concatenate([rgba[..., :3] / np.maximum(rgba[..., 3:], 1e-6), rgba[..., 3:]], -1)
+
+
 def over(rgba: np.ndarray, background: float) -> np.ndarray:
     """Premultiplied RGBA [..., 4] on a plain grey; [..., 3]."""
     return rgba[..., :3] + (1 - rgba[..., 3:]) * background
