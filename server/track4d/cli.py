@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from track4d_protocol.errors import Track4DError, TransportError, error_from_dict
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -154,7 +155,7 @@ def draw(client: subprocess.Popen) -> dict | None:
                 error = event["error"]
             elif "warning" in event:
                 warning = event["warning"]
-                progress.console.print(f"note: {warning['message']} {warning.get('action', '')}", style="yellow")
+                progress.console.print(Text(f"note: {warning['message']} {warning.get('action', '')}", "yellow"))
             elif "stage" in event:
                 stage = event["stage"]
                 total = max(1, event.get("total", 1))
@@ -178,7 +179,6 @@ def main() -> None:
     try:
         app()
     except Track4DError as error:
-        console.print(f"[bold red]{error.message}[/] [{error.code}]", markup=True)
-        if error.action:
-            console.print(error.action)
+        console.print(Text(error.message, "bold red"), Text(f"[{error.code}]"), soft_wrap=True)
+        console.print(Text(error.action), soft_wrap=True)
         sys.exit(2)

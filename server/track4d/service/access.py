@@ -44,6 +44,7 @@ def grant(home: Path, name: str, address: str) -> Connection:
     if not name.replace("-", "").isalnum() or not name.isascii() or len(name) > 64:
         raise InputError("bad_client_name", f"The client name '{name}' is malformed.", "Use letters, digits and '-'.")
     public, secret = zmq.curve_keypair()
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
     (home / "client-keys").mkdir(exist_ok=True, mode=0o700)
     write_secret(home / "client-keys" / f"{name}.key", public.decode("ascii") + "\n")
     return Connection(address, server_keys(home).server_key, public, secret)

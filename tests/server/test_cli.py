@@ -1,0 +1,57 @@
+"""The command line as a user types it, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from track4d_protocol.keys import read_connection
+
+
+def track4d(*words: str, home: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "track4d", *words], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "TRACK4D_HOME": str(home), "COLUMNS": "200"})
+
+
+def test_a_missing_file_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "out.glb"
+    ended = track4d("animate", str(tmp_path / "none.glb"), "--prompt", "it runs", "-o", str(out), home=tmp_path / "home")
+    assert ended.returncode == 2
+    assert "none.glb" in ended.stderr and "[missing_file]" in ended.stderr and "Check its name" in ended.stderr
+    assert "Traceback" not in ended.stderr and not out.exists()
+
+
+def test_an_empty_prompt_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    ended = track4d("animate", str(tmp_path / "a.obj"), "--prompt", " ", "-o", str(tmp_path / "b.glb"), home=tmp_path / "home")
+    assert ended.returncode == 2 and "[empty_prompt]" in ended.stderr
+
+
+def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.stl").write_text("solid")
+    out = tmp_path / "b.glb"
+    ended = track4d("animate", str(tmp_path / "a.stl"), "--prompt", "it runs", "-o", str(out), home=tmp_path / "home")
+    assert ended.returncode == 2 and "[unsupported_format]" in ended.stderr and ".glb" in ended.stderr
+
+
+def test_doctor_names_what_is_there(tmp_path: Path) -> None:
+    ended = track4d("doctor", "--no-self-test", home=tmp_path / "home")
+    assert ended.returncode == 0, ended.stdout
+    for subject in ("Python", "device", "rasteriser", "CURVE", "bpy", "motion.safetensors", str(tmp_path / "home")):
+        assert subject in ended.stdout
+
+
+def test_grant_writes_a_private_connection_file(tmp_path: Path) -> None:
+    file = tmp_path / "laptop.json"
+    ended = track4d("grant", "laptop", "-o", str(file), "--address", "tcp://10.0.0.5:7457", home=tmp_path / "home")
+    assert ended.returncode == 0, ended.stderr
+    assert read_connection(file).address == "tcp://10.0.0.5:7457"
+    if os.name == "posix":
+        assert file.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("command", ["animate", "fit", "serve", "doctor", "grant", "train"])
+def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
+    ended = track4d(command, "--help", home=tmp_path)
+    assert ended.returncode == 0 and "Usage" in ended.stdout
