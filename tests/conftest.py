@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import track4d  # noqa: F401  # before numpy: it keeps the thread pools of torch, Numba and OpenBLAS from fighting
+import track4d  # noqa: F401  # before torch: it lets idle threads sleep
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -2,8 +2,6 @@
 
 import os
 
-# Several thread pools share the cores (torch, Numba, OpenBLAS). On a loaded machine their idle threads must sleep, not spin,
-# and the small systems of the registration must stay on one core: a forward pass took 1116 ms instead of 7 ms otherwise, and
-# the fit of a fox 52 s of CPU time instead of 8 s. Both have to be set before numpy and torch are imported.
+# Several thread pools share the cores. On a loaded machine idle OpenMP threads must sleep, not spin: a forward pass of the
+# generator took 1116 ms instead of 7 ms otherwise. Has to be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from threadpoolctl import threadpool_limits
 from track4d_protocol.errors import InputError
 
 from ..geometry import zbuffer
@@ -103,10 +104,13 @@ def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarr
     registration = Registration(mesh, welded, nodes, footage, shading, preset.points, stiffness, preset.steps, seed)
     places = None if tracks is None else _sample_tracks(registration, tracks, footage.frames, len(mesh.vertices))
 
+    # The two starts run side by side; threads inside of OpenCV and BLAS would only fight with them: on small systems
+    # OpenBLAS's spinning threads made this function five times as expensive.
     threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # the two starts run side by side; threads inside of OpenCV would only fight with them
+    cv2.setNumThreads(1)
     try:
-        return _follow(registration, preset.rounds if tracks is None else preset.track_rounds, places, total, report)
+        with threadpool_limits(1, "blas"):
+            return _follow(registration, preset.rounds if tracks is None else preset.track_rounds, places, total, report)
     finally:
         cv2.setNumThreads(threads)
 
