@@ -38,9 +38,7 @@ def sheet(rows: list[tuple[Trial, np.ndarray]], path: Path, view: int, zoom: int
     half = (len(lines) // 4) * 2
     left, right = np.concatenate(lines[:half]), np.concatenate(lines[half:])
     height = max(len(left), len(right))
-    left, right = (
-        np.pad(side, ((0, height - len(side)), (0, 0), (0, 0)), constant_values=255) for side in (left, right)
-    )
+    left, right = (np.pad(side, ((0, height - len(side)), (0, 0), (0, 0)), constant_values=255) for side in (left, right))
     cv2.imwrite(str(path), np.concatenate([left, right], 1))
 
 
@@ -62,9 +60,7 @@ def main() -> None:
     codec, still = [], []
     for trial in trials:
         coefficients = motion_coefficients(trial.truth).reshape(len(trial.mesh.vertices), -1, 3)
-        codec.append(
-            judge(trial, trial.truth[:1] + np.einsum("fk,nkc->fnc", basis, coefficients).astype(np.float32)).error
-        )
+        codec.append(judge(trial, trial.truth[:1] + np.einsum("fk,nkc->fnc", basis, coefficients).astype(np.float32)).error)
         still.append(judge(trial, np.repeat(trial.truth[:1], BASIS_FRAMES, 0)).error)
     print(f"{len(trials)} held-out objects, {len(VERB_NAMES)} verbs, {arguments.samples} samples each")
     print(f"EPE of standing still {np.mean(still):.4f}, of the truncated time basis {np.mean(codec):.4f}")

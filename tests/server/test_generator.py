@@ -45,10 +45,7 @@ def test_any_number_of_frames(generator, dog, frames):
     assert motion.confidence.shape == (count,) and 0 <= motion.confidence.min() <= motion.confidence.max() <= 1
     assert np.array_equal(motion.tracks[0], dog[0].vertices)
     assert np.isfinite(motion.tracks).all() and np.abs(motion.tracks[1:] - motion.tracks[0]).max() > 0.01
-    assert (
-        not motion.displacement[:, 0].any()
-        and not motion.displacement[~np.repeat(motion.mask[:, None], frames, 1)].any()
-    )
+    assert not motion.displacement[:, 0].any() and not motion.displacement[~np.repeat(motion.mask[:, None], frames, 1)].any()
 
 
 def test_more_frames_show_the_same_motion(generator, dog):
@@ -65,9 +62,7 @@ def test_one_triangle_without_texture(generator):
 
 def test_a_mesh_that_no_pixel_sees_stays_still(generator):
     mesh = Mesh(np.array([[0.0, 0, 1e-4], [0, 1e-4, 0], [0, 0, -1e-4]]), np.array([[0, 1, 2]]))
-    motion = generator.generate(
-        mesh, np.zeros((4, 32, 32, 4), np.uint8), VIEWMATS, space.intrinsics(32, 4), "it jumps", steps=2
-    )
+    motion = generator.generate(mesh, np.zeros((4, 32, 32, 4), np.uint8), VIEWMATS, space.intrinsics(32, 4), "it jumps", steps=2)
     if not motion.mask.any():
         assert not motion.confidence.any() and np.array_equal(motion.tracks, np.repeat(mesh.vertices[None], 16, 0))
 

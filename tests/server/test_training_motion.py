@@ -56,7 +56,7 @@ def test_directions():
     assert middle("wave")[1, hand, 2] > thing.vertices[hand, 2]
     nod = animate(thing, Action(VERB_NAMES.index("nod")), np.array([0.0, 4 / 15]))
     assert nod[1, top, 0] > thing.vertices[top, 0] + 0.02
-    spin = animate(thing, Action(VERB_NAMES.index("spin"), sign=1.0), np.array([0.0, 4 / 15]))
+    spin = animate(thing, Action(VERB_NAMES.index("spin")), np.array([0.0, 4 / 15]))
     assert np.cross(thing.vertices[hand], spin[1, hand])[2] > 0
 
 
@@ -111,8 +111,7 @@ def test_resumed_training_is_bit_identical(tmp_path):
 
 def test_other_seed_other_weights(tmp_path):
     one, two = (
-        load_file(train(tmp_path / str(seed), TrainingSettings(steps=1, batch=4, seed=seed), config=TINY))
-        for seed in (0, 1)
+        load_file(train(tmp_path / str(seed), TrainingSettings(steps=1, batch=4, seed=seed), config=TINY)) for seed in (0, 1)
     )
     assert any(not torch.equal(one[name], two[name]) for name in one)
 

@@ -100,12 +100,8 @@ def load_clips(folder: Path) -> list[ClipObject]:
                 verb = str(verb)
                 harmonic = _rhythm(poses) if loops and verb in _RHYTHM else 1
                 start = _start(verb, rest, poses, harmonic) if loops and verb != "jump" else 0.0
-                posed = (
-                    float(np.linalg.norm(poses[0] - rest, axis=1).mean()) > _FAR or _turn(rest, poses.mean(0)) > _TURNED
-                )
-                clips.append(
-                    Clip(VERB_NAMES.index(verb), poses, bool(loops), start, _RHYTHM.get(verb, 1.0) / harmonic, posed)
-                )
+                posed = float(np.linalg.norm(poses[0] - rest, axis=1).mean()) > _FAR or _turn(rest, poses.mean(0)) > _TURNED
+                clips.append(Clip(VERB_NAMES.index(verb), poses, bool(loops), start, _RHYTHM.get(verb, 1.0) / harmonic, posed))
             found.append(ClipObject(str(data["noun"]), rest, data["faces"], clips))
     return found
 

@@ -18,7 +18,7 @@ from ..video.maps import GRID, condition, surface_maps
 from ..video.text import tokenise
 from .clips import ClipObject, draw_clip
 from .objects import ProceduralObject, make_object
-from .verbs import NOUNS, Action, animate, draw_action, draw_prompt
+from .verbs import NOUNS, Action, animate, draw_action, draw_prompt, draw_verb
 
 REAL_SHARE = 0.3
 ACTIONS_PER_OBJECT = 4  # making and drawing an object costs more than moving it
@@ -67,7 +67,7 @@ def encode(
 
 
 def _prompted_actions(rng: np.random.Generator, thing: ProceduralObject) -> list[tuple[Action, str]]:
-    drawn = [draw_action(rng) for _ in range(ACTIONS_PER_OBJECT)]
+    drawn = [draw_action(rng, draw_verb(rng, thing)) for _ in range(ACTIONS_PER_OBJECT)]
     return [(action, draw_prompt(rng, NOUNS[thing.plan], action.verb, size, pace)) for action, size, pace in drawn]
 
 
@@ -83,9 +83,7 @@ def make_batch(seed: int, step: int, size: int, real: list[ClipObject] | None = 
     latents, conditions, masks = [], [], []
     tokens: list[list[int]] = []
 
-    def add(
-        vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray, motions: list[np.ndarray], prompts: list[str]
-    ) -> None:
+    def add(vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray, motions: list[np.ndarray], prompts: list[str]) -> None:
         latent, seen, mask = encode(vertices, faces, colors, motions)
         latents.append(latent)
         conditions.extend([seen] * len(motions))

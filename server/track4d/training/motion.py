@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..progress import Report, silent
-from ..video.diffusion import add_noise, loss_weight
+from ..video.diffusion import add_noise
 from ..video.motion_unet import MotionUNet, UNetConfig
 from .clips import load_clips
 from .data import Batch, make_batch
@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 
 WARM_UP = 100  # steps
 # Of all steps, at the end; the rate is constant before, so that their number may be changed on the way.
-DECAY_SHARE = 0.35
+DECAY_SHARE = 0.7
 TEXT_DROP = 0.1  # share of samples without their sentence, for classifier-free guidance (Ho and Salimans 2022)
+SMALL_ENERGY = 0.05  # mean square of a latent below which a motion is small
 SAVE_EVERY = 250  # steps
 
 
@@ -71,7 +72,11 @@ def make_optimizers(network: MotionUNet, settings: TrainingSettings) -> list[tor
 
 
 def diffusion_loss(network: MotionUNet, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The weighted loss to minimise, and the plain squared error of the predicted latent where the object is."""
+    """The loss to minimise, and the plain squared error of the predicted clean latent where the object is.
+
+    All noise levels count alike: what the sentence means is learnt from the noisiest samples, and weights by the SNR would
+    drown them. Small motions count more than their square, or a wagging tail would never be learnt beside a spin.
+    """
     size = len(batch.latent)
     noise_level = torch.rand(size, generator=generator)
     noise = torch.randn(batch.latent.shape, generator=generator)
@@ -80,9 +85,14 @@ def diffusion_loss(network: MotionUNet, batch: Batch, generator: torch.Generator
     with torch.autocast("cpu", torch.bfloat16):
         clean = network(noisy, batch.condition, noise_level, batch.tokens, drop)
     error = (clean.float() - batch.latent) ** 2
-    weight = loss_weight(noise_level)[:, None, None, None, None] * (2 * batch.mask + 0.05)
-    seen = (error.detach() * batch.mask).sum() / (batch.mask.sum() * error.shape[2])
-    return (error * weight).mean(), seen
+    energy = _over_object(batch.latent**2, batch.mask)
+    errors = _over_object(error, batch.mask)
+    return (errors * (energy + SMALL_ENERGY) ** -0.5).mean(), errors.detach().mean()
+
+
+def _over_object(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of [B, V, C, R, R] over channels and the pixels where the object is; [B]."""
+    return (values * mask).sum((1, 2, 3, 4)) / (mask.sum((1, 2, 3, 4)) * values.shape[2])
 
 
 def _write(path: Path, write) -> None:
@@ -162,7 +172,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * rate(settings, step)
                 optimizer.step()
-            keep = min(0.999, (step + 1) / (step + 10))
+            keep = min(0.998, (step + 1) / (step + 10))
             for name, tensor in network.state_dict().items():
                 average[name].lerp_(tensor, 1 - keep)
             step += 1

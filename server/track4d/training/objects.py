@@ -224,9 +224,7 @@ def _tail(b: _Builder, root, length: float, thickness: float) -> None:
     angle = math.pi + rise * -1 + curve * s  # in the XZ plane; pi points backwards
     steps = np.stack([np.cos(angle), np.zeros(6), -np.sin(angle)], 1) * length / 5
     points = np.asarray(root, float) + np.concatenate([np.zeros((1, 3)), np.cumsum(steps[1:], 0)])
-    profile = (
-        np.array([0.7, 1, 1, 0.9, 0.6, 0.15]) if b.rng.random() < 0.6 else np.array([0.6, 0.8, 1.4, 1.9, 1.6, 0.3])
-    )
+    profile = np.array([0.7, 1, 1, 0.9, 0.6, 0.15]) if b.rng.random() < 0.6 else np.array([0.6, 0.8, 1.4, 1.9, 1.6, 0.3])
     limb = b.limb("tail", 0, 0, points[0], points[-1])
     b.tube(points, thickness * profile, limb, tint=int(b.rng.integers(3)))
 
@@ -404,9 +402,7 @@ def _insect(b: _Builder) -> None:
             tip = root + np.array([reach * math.sin(turn), side * reach * math.cos(turn), -u(0.2, 0.4)])
             limb = b.limb("leg", side, row, root, tip)
             b.tube(
-                np.stack(
-                    [root, root * 0.6 + tip * 0.4 + [0, 0, arch * 0.8], root * 0.4 + tip * 0.6 + [0, 0, arch], tip]
-                ),
+                np.stack([root, root * 0.6 + tip * 0.4 + [0, 0, arch * 0.8], root * 0.4 + tip * 0.6 + [0, 0, arch], tip]),
                 thickness * np.array([1.3, 1.1, 1, 0.6]),
                 limb,
                 tint=2,
@@ -421,9 +417,7 @@ def _stack(b: _Builder) -> None:
     knots = rng.uniform(0.1, 0.5, int(rng.integers(2, 6)))
     radii = np.interp(s, np.linspace(0, 1, len(knots)), knots)
     squeeze = u(0.6, 1.0) if rng.random() < 0.4 else 1.0
-    b.tube(
-        np.stack([np.zeros(count), np.zeros(count), s * u(0.5, 1.6)], 1), np.stack([radii, radii * squeeze], 1), tint=0
-    )
+    b.tube(np.stack([np.zeros(count), np.zeros(count), s * u(0.5, 1.6)], 1), np.stack([radii, radii * squeeze], 1), tint=0)
     if rng.random() < 0.5:
         b.ball((0, 0, s[-1] * 1.1), u(0.1, 0.35, 3), tint=1, axis=2)
     if rng.random() < 0.3:  # a penguin: flippers and feet on a bottle
@@ -489,9 +483,7 @@ def light(vertices: np.ndarray, faces: np.ndarray, rng: np.random.Generator) -> 
     """Ambient light and two lamps baked per vertex; [N, 1]."""
     corners = vertices[faces]
     face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    normals = np.stack(
-        [np.bincount(faces.reshape(-1), np.repeat(face_normals[:, k], 3), len(vertices)) for k in range(3)], 1
-    )
+    normals = np.stack([np.bincount(faces.reshape(-1), np.repeat(face_normals[:, k], 3), len(vertices)) for k in range(3)], 1)
     normals = normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-9)
     lamp, fill = rng.normal(size=3) + [0, 0, 1.2], rng.normal(size=3)
     ambient = rng.uniform(0.35, 0.75)
@@ -527,9 +519,7 @@ def make_object(rng: np.random.Generator, plan: str | None = None) -> Procedural
     _MAKERS[plan](b)
     vertices, faces = np.concatenate(b.vertices), np.concatenate(b.faces).astype(np.int32)
     limbs = b.limbs
-    points = np.concatenate(
-        [vertices, *[np.stack(limb[3:5]) for limb in limbs]]
-    )  # limb roots and tips follow the deformation
+    points = np.concatenate([vertices, *[np.stack(limb[3:5]) for limb in limbs]])  # limb roots and tips follow the deformation
     points = points * rng.uniform(0.88, 1.14, 3)
     wobble = rng.uniform(0, 0.035)
     wave, phase = rng.normal(size=(3, 3)) * 3.5, rng.uniform(0, 2 * math.pi, 3)

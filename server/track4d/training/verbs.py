@@ -1,6 +1,7 @@
 """How the generator's verbs look on a procedural object: exact vertex trajectories for any times.
 
-Every motion starts at the rest pose. Where an object has the limbs a verb speaks of they swing about their roots;
+Every motion starts at the rest pose, and to the left where a sentence leaves the direction open: a small generator learns one
+way faster than two. Where an object has the limbs a verb speaks of they swing about their roots;
 where it has none, the region where they would be takes their part, so that every verb does something sensible to
 every object.
 """
@@ -17,15 +18,6 @@ from ..video.text import AMPLITUDES, SPEEDS, VERB_NAMES, VERBS
 from .objects import Limb, ProceduralObject
 
 FORWARD, LEFT, UP = np.eye(3)
-BOTH_SIGNS = (
-    "twist",
-    "shake",
-    "sway",
-    "wag the tail",
-    "spin",
-    "look around",
-    "dance",
-)  # the sentence leaves the first direction open
 
 
 @dataclass(frozen=True)
@@ -35,13 +27,11 @@ class Action:
     Attributes:
         verb: index into `VERBS`.
         amplitude, speed: factors, words and jitter together.
-        sign: +1 or -1 for the direction a sentence leaves open.
     """
 
     verb: int
     amplitude: float = 1.0
     speed: float = 1.0
-    sign: float = 1.0
 
 
 class _Stage:
@@ -54,7 +44,7 @@ class _Stage:
     """
 
     def __init__(self, thing: ProceduralObject, action: Action, times: np.ndarray) -> None:
-        self.thing, self.amplitude, self.sign = thing, action.amplitude, action.sign
+        self.thing, self.amplitude = thing, action.amplitude
         self.rest = thing.vertices
         self.phase = np.asarray(times, np.float32) * np.float32(15 / 16 * action.speed)
         x = np.clip(np.asarray(times, np.float32) * 15 / 2.5, 0, 1)
@@ -136,9 +126,7 @@ def _gait(s: _Stage, cycles: float, reach: float, fold: float, gallop: bool) -> 
             s.swing(leg, UP, s.amplitude * 0.35 * reach * lift)
     for arm in s.thing.of("arm"):
         offset = math.pi if arm.side > 0 else 0.0
-        s.swing(
-            arm, FORWARD if arm.tip[2] < arm.root[2] - 0.05 else UP, s.amplitude * 0.8 * reach * s.wave(cycles, offset)
-        )
+        s.swing(arm, FORWARD if arm.tip[2] < arm.root[2] - 0.05 else UP, s.amplitude * 0.8 * reach * s.wave(cycles, offset))
     for tail in s.thing.of("tail"):
         s.swing(tail, LEFT, s.amplitude * 0.25 * s.wave(cycles))
     return True
@@ -178,9 +166,7 @@ def _jump(s: _Stage) -> None:
     air = np.clip((cycle - 0.25) / 0.6, 0, 1)
     flight = 4 * air * (1 - air)
     for leg in s.thing.of("leg"):
-        s.swing(
-            leg, FORWARD, s.amplitude * (0.35 * flight if leg.row == 0 else -0.35 * flight), -0.5 * s.amplitude * flight
-        )
+        s.swing(leg, FORWARD, s.amplitude * (0.35 * flight if leg.row == 0 else -0.35 * flight), -0.5 * s.amplitude * flight)
     for arm in s.thing.of("arm"):
         s.swing(arm, UP, s.amplitude * (0.9 * flight - 0.2 * crouch))
     s.squash(1 - 0.22 * min(s.amplitude, 1.3) * crouch + 0.06 * s.amplitude * flight)
@@ -216,9 +202,7 @@ def _flap(s: _Stage) -> None:
 def _swim(s: _Stage) -> None:
     length = max(float(s.size[0]), 1e-3)
     back = (s.high[0] - s.rest[:, 0]) / length  # 0 at the front
-    wave = np.sin(2 * math.pi * (1.5 * s.phase[:, None] - 0.9 * back)) + (1 - s.ramp[:, None]) * np.sin(
-        2 * math.pi * 0.9 * back
-    )
+    wave = np.sin(2 * math.pi * (1.5 * s.phase[:, None] - 0.9 * back)) + (1 - s.ramp[:, None]) * np.sin(2 * math.pi * 0.9 * back)
     for limb in s.thing.of("leg", "arm", "wing"):
         s.swing(limb, FORWARD, 0.35 * s.amplitude * s.wave(1.5, 0.0 if limb.side > 0 else math.pi))
     s.move(1, s.amplitude * 0.15 * min(1.0, length) * (0.25 + 0.95 * back**1.5) * wave * s.ramp[:, None])
@@ -238,13 +222,11 @@ def _wave(s: _Stage) -> None:
         half = max(float(s.high[1]), 1e-3)
         members = np.nonzero(s.rest[:, 1] > 0)[0]
         weight = smooth(0.2 * half, 0.55 * half, s.rest[members, 1]) * smooth(0.3, 0.5, s.height[members])
-        s.turn(
-            FORWARD, (s.amplitude * (0.5 * s.ramp + 0.35 * s.wave(2.0)))[:, None] * weight, [0, 0.25 * half, 0], members
-        )
+        s.turn(FORWARD, (s.amplitude * (0.5 * s.ramp + 0.35 * s.wave(2.0)))[:, None] * weight, [0, 0.25 * half, 0], members)
 
 
 def _wag(s: _Stage) -> None:
-    angle = 0.7 * s.amplitude * s.sign * s.wave(2.0)
+    angle = 0.7 * s.amplitude * s.wave(2.0)
     tails = s.thing.of("tail")
     for tail in tails:
         s.turn(UP, angle[:, None] * np.sqrt(smooth(-0.05, 0.8, tail.along)), tail.root, tail.members)
@@ -268,11 +250,11 @@ def _nod(s: _Stage) -> None:
 
 
 def _look(s: _Stage) -> None:
-    _move_head(s, UP, 0.75 * s.amplitude * s.sign * s.wave(1.0))
+    _move_head(s, UP, 0.75 * s.amplitude * s.wave(1.0))
 
 
 def _dance(s: _Stage) -> None:
-    beat = s.sign * s.wave(1.0)
+    beat = s.wave(1.0)
     for arm in s.thing.of("arm", "wing"):
         s.swing(arm, UP, s.amplitude * (0.45 * s.ramp + 0.5 * arm.side * beat))
     for leg in s.thing.of("leg"):
@@ -292,19 +274,19 @@ def _squash(s: _Stage) -> None:
 
 
 def _spin(s: _Stage) -> None:
-    s.turn(UP, s.sign * 2 * math.pi * 0.5 * s.amplitude * s.phase, [0, 0, 0])
+    s.turn(UP, 2 * math.pi * 0.5 * s.amplitude * s.phase, [0, 0, 0])
 
 
 def _shake(s: _Stage) -> None:
-    s.move(1, 0.13 * s.amplitude * s.sign * s.wave(2.5))
+    s.move(1, 0.13 * s.amplitude * s.wave(2.5))
 
 
 def _sway(s: _Stage) -> None:
-    s.turn(FORWARD, 0.35 * s.amplitude * s.sign * s.wave(1.0), [0, 0, s.low[2]])
+    s.turn(FORWARD, 0.35 * s.amplitude * s.wave(1.0), [0, 0, s.low[2]])
 
 
 def _twist(s: _Stage) -> None:
-    s.turn(UP, (1.0 * s.amplitude * s.sign * s.wave(1.0))[:, None] * s.height, [0, 0, 0])
+    s.turn(UP, (1.0 * s.amplitude * s.wave(1.0))[:, None] * s.height, [0, 0, 0])
 
 
 def _bend_left(s: _Stage) -> None:
@@ -364,27 +346,42 @@ def animate(thing: ProceduralObject, action: Action, times: np.ndarray) -> np.nd
     return stage.P
 
 
-def draw_action(rng: np.random.Generator, verb: int | None = None, plain: bool = False) -> tuple[Action, str, str]:
-    """A random action and its amplitude and speed words.
+# Verbs that speak of limbs; all others suit every object.
+_NEEDS = {
+    **dict.fromkeys(("walk", "run"), ("leg",)),
+    **dict.fromkeys(("fly", "flap"), ("wing", "arm")),
+    "wave": ("arm", "wing", "leg"),
+    "wag the tail": ("tail",),
+    **dict.fromkeys(("nod", "look around"), ("head",)),
+}
+_ODD_SHARE = 0.15  # of unsuitable verbs that are kept: nobody is told "no"
+
+
+def suits(thing: ProceduralObject, verb: int, rng: np.random.Generator) -> bool:
+    """Whether a sample may have the object do the verb: where it has the limbs, and sometimes where it has not."""
+    needs = _NEEDS.get(VERB_NAMES[verb])
+    return needs is None or bool(thing.of(*needs)) or rng.random() < _ODD_SHARE
+
+
+def draw_verb(rng: np.random.Generator, thing: ProceduralObject) -> int:
+    """A random verb that suits the object; index into `VERBS`."""
+    while True:
+        verb = int(rng.choice(len(VERBS), p=_SHARES))
+        if suits(thing, verb, rng):
+            return verb
+
+
+def draw_action(rng: np.random.Generator, verb: int, plain: bool = False) -> tuple[Action, str, str]:
+    """An action with random amplitude and speed, and the words for them.
 
     Args:
-        verb: index into `VERBS`; drawn when None.
+        verb: index into `VERBS`.
         plain: without adverbs.
     """
-    verb = int(rng.choice(len(VERBS), p=_SHARES)) if verb is None else verb
-    size, pace = (
-        ("", "")
-        if plain
-        else (str(rng.choice(list(AMPLITUDES), p=[0.2, 0.6, 0.2])), str(rng.choice(list(SPEEDS), p=[0.2, 0.6, 0.2])))
-    )
-    sign = -1.0 if VERB_NAMES[verb] in BOTH_SIGNS and rng.random() < 0.5 else 1.0
-    return (
-        Action(
-            verb, AMPLITUDES[size] * float(rng.uniform(0.9, 1.1)), SPEEDS[pace] * float(rng.uniform(0.96, 1.04)), sign
-        ),
-        size,
-        pace,
-    )
+    size = "" if plain else str(rng.choice(list(AMPLITUDES), p=[0.2, 0.6, 0.2]))
+    pace = "" if plain else str(rng.choice(list(SPEEDS), p=[0.2, 0.6, 0.2]))
+    amplitude, speed = AMPLITUDES[size] * float(rng.uniform(0.9, 1.1)), SPEEDS[pace] * float(rng.uniform(0.96, 1.04))
+    return Action(verb, amplitude, speed), size, pace
 
 
 NOUNS = {

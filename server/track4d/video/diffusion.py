@@ -32,9 +32,7 @@ def temporal_basis(times: Tensor, count: int = COEFFICIENTS) -> Tensor:
     """
     moving = BASIS_FRAMES - 1
     order = torch.arange(count, dtype=torch.float32) + 0.5
-    return math.sqrt(4 / (2 * moving + 1)) * torch.sin(
-        math.pi * 2 * moving / (2 * moving + 1) * times.float()[:, None] * order
-    )
+    return math.sqrt(4 / (2 * moving + 1)) * torch.sin(math.pi * 2 * moving / (2 * moving + 1) * times.float()[:, None] * order)
 
 
 def frame_times(frames: int) -> Tensor:
@@ -52,11 +50,6 @@ def add_noise(latent: Tensor, noise: Tensor, noise_level: Tensor) -> Tensor:
     """Variance-preserving diffusion of [B, ...] at noise levels [B]."""
     snr = log_snr(noise_level).reshape(-1, *[1] * (latent.ndim - 1))
     return torch.sigmoid(snr).sqrt() * latent + torch.sigmoid(-snr).sqrt() * noise
-
-
-def loss_weight(noise_level: Tensor) -> Tensor:
-    """Weight [B] of the squared error of the clean latent: the SNR between two bounds (min-SNR, Hang et al. 2023)."""
-    return (log_snr(noise_level) - _SHIFT).exp().clamp(0.5, 5.0) / 2
 
 
 @torch.no_grad()

@@ -73,9 +73,7 @@ class MotionGenerator:
         except FileNotFoundError:
             raise InputError("weights_missing", f"The generator's weights {path} are not there.", action) from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                "bad_weights", f"The generator's weights {path} can't be read: {error}.", action
-            ) from error
+            raise InputError("bad_weights", f"The generator's weights {path} can't be read: {error}.", action) from error
         return cls(network)
 
     @staticmethod
@@ -128,9 +126,7 @@ class MotionGenerator:
             GRID,
         )
         seen = condition(shrink(views, GRID), maps, coverage)  # [V, 8, R, R]
-        noise = torch.randn(
-            1, len(views), self.network.config.latent, GRID, GRID, generator=torch.Generator().manual_seed(seed)
-        )
+        noise = torch.randn(1, len(views), self.network.config.latent, GRID, GRID, generator=torch.Generator().manual_seed(seed))
         latent = self.denoise(
             torch.from_numpy(seen)[None],
             torch.tensor([text.tokenise(prompt)]),
@@ -256,7 +252,7 @@ def decode_video(
         shading: [N, 3] factor per vertex on the texture, or None.
 
     Returns:
-        [V, F, size, size, 4] uint8 sRGB, premultiplied.
+        [V, F, size, size, 4] uint8 sRGB, straight alpha.
     """
     pictures = zbuffer.render(mesh, tracks, viewmats, Ks, size, shading=shading)  # [F, V, H, W, 4]
-    return (pictures.clip(0, 1) * 255 + 0.5).astype(np.uint8).swapaxes(0, 1)
+    return (zbuffer.straight(pictures).clip(0, 1) * 255 + 0.5).astype(np.uint8).swapaxes(0, 1)

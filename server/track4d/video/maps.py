@@ -51,9 +51,7 @@ def surface_maps(
     Returns:
         maps [V, size, size, C] float32, 0 where nothing is seen; coverage [V, size, size] in 0..1.
     """
-    fragments = zbuffer.rasterise(
-        vertices[None], faces, viewmats, zbuffer.scale_intrinsics(Ks, SAMPLES), size * SAMPLES
-    )
+    fragments = zbuffer.rasterise(vertices[None], faces, viewmats, zbuffer.scale_intrinsics(Ks, SAMPLES), size * SAMPLES)
     maps = np.zeros((len(viewmats), size, size, values.shape[1]), np.float32)
     coverage = np.zeros((len(viewmats), size, size), np.float32)
     _average(
@@ -80,9 +78,7 @@ def condition(rgba: np.ndarray, position: np.ndarray, coverage: np.ndarray) -> n
         [V, 8, H, W] float32.
     """
     mask = (coverage > 0)[..., None].astype(np.float32)
-    return np.ascontiguousarray(
-        np.concatenate([rgba * 2 - 1, position * mask, mask], -1, dtype=np.float32).transpose(0, 3, 1, 2)
-    )
+    return np.ascontiguousarray(np.concatenate([rgba * 2 - 1, position * mask, mask], -1, dtype=np.float32).transpose(0, 3, 1, 2))
 
 
 def shrink(views: np.ndarray, size: int) -> np.ndarray:

@@ -79,9 +79,9 @@ _VERB_WORDS = {
     "stretch": "stretch elongate",
     "spin": "spin spun rotate turn whirl revolve twirl pirouette",
     "shake": "shake shook tremble shiver vibrate rattle quiver wobble jitter",
-    "sway": "sway swing swung rock lean tilt",
+    "sway": "sway swing swung rock",
     "twist": "twist wring contort",
-    "bend": "bend bent bow curve",
+    "bend": "bend bent bow curve lean tilt",
     "pulse": "pulse pulsate throb breathe inflate swell beat",
 }
 _OTHER_WORDS = {
@@ -96,9 +96,7 @@ _OTHER_WORDS = {
     "head": "head",
     "around": "around about",
 }
-_LEXICON = {
-    word: token for table in (_VERB_WORDS, _OTHER_WORDS) for token, words in table.items() for word in words.split()
-}
+_LEXICON = {word: token for table in (_VERB_WORDS, _OTHER_WORDS) for token, words in table.items() for word in words.split()}
 _VERB_TOKENS = frozenset(_VERB_WORDS)
 TOKENS = (*_VERB_WORDS, *_OTHER_WORDS)
 _TOKEN_ID = {token: k + 1 for k, token in enumerate(TOKENS)}  # 0 is padding
@@ -147,11 +145,20 @@ def _token(word: str) -> str | None:
     return next((_LEXICON[form] for form in _base_forms(word) if form in _LEXICON), None)
 
 
+def _tokens(words: list[str]) -> list[str | None]:
+    """The token of each word; a verb as it is behind a determiner is a noun if a verb follows ("the fly walks")."""
+    tokens = [_token(word) for word in words]
+    verbs = [k for k, token in enumerate(tokens) if token in _VERB_TOKENS]
+    for k in verbs[:-1]:
+        if k > 0 and words[k - 1] in _DETERMINERS and words[k] in _LEXICON:
+            tokens[k] = None
+    return tokens
+
+
 def tokenise(prompt: str) -> list[int]:
     """Token ids of a sentence, `MAX_TOKENS` long, padded with 0; stop words are left out."""
-    ids = []
-    for word in _words(prompt):
-        token = _token(word)
+    words, ids = _words(prompt), []
+    for word, token in zip(words, _tokens(words)):
         if token is not None:
             ids.append(_TOKEN_ID[token])
         elif word not in _STOP_WORDS:
@@ -177,13 +184,11 @@ def unknown_words(prompt: str) -> list[str]:
     unknown words that look like a verb or an adverb beside a known one ("runs gracefully").
     """
     words = _words(prompt)
-    tokens = [_token(word) for word in words]
+    tokens = _tokens(words)
     unknown = [k for k, word in enumerate(words) if tokens[k] is None and word not in _STOP_WORDS]
     if any(token in _VERB_TOKENS for token in tokens):
         after_determiner = {k + 1 for k, word in enumerate(words) if word in _DETERMINERS}
-        reported = [
-            k for k in unknown if words[k].endswith(("ing", "ly")) and len(words[k]) > 4 and k not in after_determiner
-        ]
+        reported = [k for k in unknown if words[k].endswith(("ing", "ly")) and len(words[k]) > 4 and k not in after_determiner]
         return [words[k] for k in reported]
     auxiliary = next((k for k, word in enumerate(words) if word in _AUXILIARIES), None)
     behind = [k for k in unknown if auxiliary is not None and k > auxiliary]
