@@ -57,17 +57,18 @@ def run(request: Request, report: Report) -> Result:
             generated = generator.generate(mesh, stills, viewmats, Ks, settings.prompt, frames=FITTED_FRAMES,
                                            steps=quality.sampling_steps, seed=settings.seed, report=report)
             shading = estimate_shading(mesh, stills, viewmats, Ks)
-            video = decode_video(mesh, generated.tracks, viewmats, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
+            filming = stepped_back(viewmats, generated.tracks)
+            video = decode_video(mesh, generated.tracks, filming, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
             tracks = Tracks3D(generated.tracks, generated.confidence)
             glimpse = grid(on_grey(video[:, FITTED_FRAMES // 3]))
             report("generate", quality.sampling_steps, quality.sampling_steps, glimpse)
     else:
-        video, tracks = arrays["video"], None
+        video, tracks, filming = arrays["video"], None, viewmats
         stills = read_footage(video, viewmats, Ks).straight_views()
         shading = estimate_shading(mesh, stills, viewmats, Ks)
 
     with clock("fit"):  # Stage Two
-        field = fit_motion(mesh, video, viewmats, Ks, shading, tracks, quality.fit, settings.seed, report)
+        field = fit_motion(mesh, video, filming, Ks, shading, tracks, quality.fit, settings.seed, report)
 
     with clock("appearance"):
         cloud = surface_gaussians(mesh, stills, viewmats, Ks, quality, settings.seed)
@@ -75,7 +76,7 @@ def run(request: Request, report: Report) -> Result:
     with clock("sample"):
         vertices = field.sample(np.linspace(-1, 1, settings.frames))  # [F, N, 3]
         means, quats = cloud.pose(torch.from_numpy(mesh.faces), torch.from_numpy(vertices))  # [F, G, 3], [F, G, 4]
-        rendered = film(mesh, vertices, viewmats, Ks, stills.shape[1], shading)
+        rendered = film(mesh, vertices, filming, Ks, stills.shape[1], shading)
 
     return Result(
         report={
@@ -157,6 +158,13 @@ def on_grey(pictures: np.ndarray) -> np.ndarray:
     """Straight-alpha pictures [..., 4] uint8 on the capture's background; [..., 3] float32 in 0..1."""
     rgba = pictures.astype(np.float32) / 255
     return rgba[..., :3] * rgba[..., 3:] + (1 - rgba[..., 3:]) * np.float32(BACKGROUND)
+
+
+def stepped_back(viewmats: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The cameras that looked at the unit sphere, moved back until all positions [F, N, 3] are in the picture; [V, 4, 4]."""
+    back = viewmats.copy()
+    back[:, :3, 3] *= max(1.0, float(np.linalg.norm(positions, axis=-1).max()))
+    return back
 
 
 def film(mesh: Mesh, vertices: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, size: int, shading: np.ndarray) -> np.ndarray:

@@ -154,3 +154,16 @@ def test_the_protocol_lets_in_just_the_presets_that_exist() -> None:
     from track4d_protocol import messages
 
     assert set(PRESETS) == set(messages.PRESETS)
+
+
+def test_cameras_step_back_from_a_motion_that_would_leave_the_picture() -> None:
+    from track4d.geometry.zbuffer import project
+    from track4d.pipeline import stepped_back
+
+    jump = np.zeros((2, 1, 3), np.float32)
+    jump[1, 0, 2] = 1.9
+    Ks = intrinsics(SIZE, 4)
+    assert project(jump, orbit_viewmats(), Ks)[0].min() < 0
+    uv, _ = project(jump, stepped_back(orbit_viewmats(), jump), Ks)
+    assert uv.min() > 0 and uv.max() < SIZE
+    np.testing.assert_array_equal(stepped_back(orbit_viewmats(), jump * 0.5), orbit_viewmats())
