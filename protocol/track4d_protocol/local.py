@@ -18,6 +18,7 @@ from .keys import CONNECTION_FILE, Connection, default_home, read_connection
 SERVER_LOCK = "server.lock"  # held by the server while it lives, with its process id as content
 LOG_FILE = "server.log"
 _LOG_BYTES = 5_000_000  # a log that is larger is put aside at the next start
+_IDLE_MINUTES = "15"  # a server that was started for somebody ends when nobody has needed it for so long
 _started: list[subprocess.Popen[bytes]] = []  # keeps the handles: a server outlives whoever started it
 
 
@@ -91,7 +92,7 @@ def _start(home: Path, python: str) -> subprocess.Popen[bytes]:
     flags = sum(getattr(subprocess, name, 0) for name in ("CREATE_NO_WINDOW", "CREATE_NEW_PROCESS_GROUP"))  # Windows
     with open(log, "ab") as output:
         try:
-            process = subprocess.Popen([python, "-m", "track4d", "serve", "--home", str(home)],
+            process = subprocess.Popen([python, "-m", "track4d", "serve", "--home", str(home), "--idle-minutes", _IDLE_MINUTES],
                                        stdin=subprocess.DEVNULL,
                                        stdout=output, stderr=output, cwd=home, start_new_session=os.name == "posix",
                                        creationflags=flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -49,13 +50,14 @@ def fit(mesh: Path, out: Outputs,
 
 
 @app.command()
-def serve(home: Home = None, address: Annotated[str, typer.Option(help="Where to listen.")] = "tcp://127.0.0.1:*") -> None:
+def serve(home: Home = None, address: Annotated[str, typer.Option(help="Where to listen.")] = "tcp://127.0.0.1:*",
+          idle_minutes: Annotated[float, typer.Option(help="End when nobody has needed it for so long.")] = math.inf) -> None:
     """Run the server until it is stopped."""
     from track4d_protocol.keys import default_home
 
     from .service import serve as run_server
 
-    run_server(home or default_home(), address)
+    run_server(home or default_home(), address, idle=idle_minutes * 60)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import signal
@@ -52,13 +53,15 @@ class _Peer:
     news: set[str] = field(default_factory=set)  # jobs that changed since it was told
 
 
-def serve(home: Path, address: str = "tcp://127.0.0.1:*", work: str = "track4d.pipeline:run") -> None:
-    """Runs the server until SIGTERM, SIGINT or a local client's shutdown.
+def serve(home: Path, address: str = "tcp://127.0.0.1:*", work: str = "track4d.pipeline:run",
+          idle: float = math.inf) -> None:
+    """Runs the server until SIGTERM, SIGINT, a local client's shutdown, or until nobody has needed it for a while.
 
     Args:
         home: folder of jobs, keys, the connection file and the log.
         address: where to listen; the default is a free port that only this machine reaches.
         work: "module:function" of what the worker process does with a request.
+        idle: seconds without a client's word and without a job after which it ends.
 
     Raises:
         InputError: `bad_address`.
@@ -76,7 +79,7 @@ def serve(home: Path, address: str = "tcp://127.0.0.1:*", work: str = "track4d.p
                               "Use that one, or stop it first.")
     with lock, _logging_to(home):
         lock.note(str(os.getpid()))
-        broker = Broker(home, address, work)
+        broker = Broker(home, address, work, idle)
         try:
             broker.run()
         finally:
@@ -86,8 +89,9 @@ def serve(home: Path, address: str = "tcp://127.0.0.1:*", work: str = "track4d.p
 class Broker:
     """One server. `serve` makes it; see there for the arguments and what is raised."""
 
-    def __init__(self, home: Path, address: str, work: str) -> None:
+    def __init__(self, home: Path, address: str, work: str, idle: float) -> None:
         self._home, self._work = home, work
+        self._idle, self._needed = idle, time.monotonic()  # when a client last spoke or a job last ran
         self._stopping = threading.Event()
         self._peers: dict[bytes, _Peer] = {}
         self._beaten = 0.0
@@ -140,6 +144,16 @@ class Broker:
                 log.exception("the job list can't be used")
                 self._stopping.wait(_HEARTBEAT)
             self._beat()
+            if time.monotonic() - self._needed > self._idle and not self._at_work():
+                log.info("nobody has needed the server for %.0f s", self._idle)
+                return
+
+    def _at_work(self) -> bool:
+        """Whether a job runs or waits; if so, the time without need begins anew."""
+        busy = self._supervisor.about_worker()["worker"] == "busy" or bool(self._store.queue())
+        if busy:
+            self._needed = time.monotonic()
+        return busy
 
     def close(self) -> None:
         """Ends the worker and the socket, and takes the connection file away. Jobs wait for the next start."""
@@ -193,6 +207,7 @@ class Broker:
                 self._from_client(identity.bytes, user, frames)
 
     def _from_client(self, identity: bytes, user: str, frames: list[zmq.Frame]) -> None:
+        self._needed = time.monotonic()
         peer = self._peers.setdefault(identity, _Peer(identity))
         serial: Any = None
         try:

@@ -30,8 +30,8 @@ class Server:
         self.process: subprocess.Popen | None = None
         self._clients: list[Client] = []
 
-    def start(self, address: str = "tcp://127.0.0.1:*", work: str = "service_work:run") -> "Server":
-        code = f"from track4d.service import serve; serve({str(self.home)!r}, {address!r}, {work!r})"
+    def start(self, address: str = "tcp://127.0.0.1:*", work: str = "service_work:run", idle: float = 1e9) -> "Server":
+        code = f"from track4d.service import serve; serve({str(self.home)!r}, {address!r}, {work!r}, {idle!r})"
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "SERVICE_TEST_MARKER": str(self.marker)}
         self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE,
                                         text=True)

@@ -148,3 +148,12 @@ class TestStore:
         store = Store(tmp_path)
         with pytest.raises(InputError):
             store.get("../up")
+
+
+def test_a_server_that_nobody_needs_ends_but_not_while_a_job_waits(own_server, service, new_id):
+    client = own_server.start(idle=1.0).client()
+    client.submit(new_id, service.make_request("sleep 2.5"))
+    client.close()  # nobody watches: the job alone keeps the server
+    own_server.process.wait(30)
+    assert not own_server.connection_file.exists()
+    assert Store(own_server.home).get(new_id).state is JobState.DONE
