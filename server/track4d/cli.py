@@ -122,7 +122,11 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], sett
     reader = threading.Thread(target=lambda: log.extend(client.stderr or ()), daemon=True)
     reader.start()
     with Footprint(client.pid, home) as footprint:
-        error = draw(client)
+        try:
+            error = draw(client)
+        except KeyboardInterrupt:  # the client takes the job back from the server and says so
+            client.terminate()
+            error = draw(client)
         client.wait()
     reader.join(timeout=5)
     if error:

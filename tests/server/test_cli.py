@@ -1,12 +1,17 @@
 """The command line as a user types it, in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from track4d_protocol.client import Client
 from track4d_protocol.keys import read_connection
+from track4d_protocol.local import ensure_server, stop_server
+from track4d_protocol.messages import JobState
 
 
 def track4d(*words: str, home: Path) -> subprocess.CompletedProcess:
@@ -33,6 +38,27 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "b.glb"
     ended = track4d("animate", str(tmp_path / "a.stl"), "--prompt", "it runs", "-o", str(out), home=tmp_path / "home")
     assert ended.returncode == 2 and "[unsupported_format]" in ended.stderr and ".glb" in ended.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no signal for one process alone")
+def test_control_c_takes_the_job_back(tmp_path: Path) -> None:
+    home, out = tmp_path / "home", tmp_path / "out.glb"
+    model = Path(__file__).resolve().parents[2] / "examples" / "sunflower.glb"
+    command = [sys.executable, "-m", "track4d", "animate", str(model), "--prompt=it sways", f"--out={out}", f"--home={home}"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not list(home.glob("jobs/*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=60)[1]
+        assert running.returncode == 2 and "[cancelled]" in said and "Traceback" not in said
+        assert not out.exists()
+        with Client(ensure_server(home)) as client:
+            assert [job.state for job in client.jobs()] in ([], [JobState.CANCELLED])
+    finally:
+        running.kill()
+        stop_server(home)
 
 
 def test_doctor_names_what_is_there(tmp_path: Path) -> None:
