@@ -29,7 +29,7 @@ CASES = {
     "sunflower": (EXAMPLES / "sunflower.glb", "the flower is swaying", "-Y"),
     "fox": (ASSETS / "fox.glb", "the fox is running", "-Y"),
     "gull": (ASSETS / "gull.glb", "the gull is flying", "-Y"),
-    "cesium_man": (ASSETS / "cesium_man.glb", "the man is walking", "-Y"),
+    "cesium_man": (ASSETS / "cesium_man.glb", "the man is walking", "+X"),
     "shark": (ASSETS / "shark.glb", "the shark is swimming", "-Y"),
     "spider": (ASSETS / "spider.glb", "the spider is walking", "-Y"),
     "milk_truck": (ASSETS / "milk_truck.glb", "the truck is bouncing", "+X"),

@@ -88,13 +88,14 @@ def train_motion(out: Annotated[Path, typer.Option(help="Folder for checkpoints 
                  steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 12_000,
                  batch: Annotated[int, typer.Option(help="Clips per step, a multiple of 4.")] = 16, seed: Seed = 0,
                  clips: Annotated[Path | None, typer.Option(help="Folder of real clips, made by tools/extract_clips.py.")] = None,
+                 start: Annotated[Path | None, typer.Option(help="Weights to begin with, such as the shipped ones.")] = None,
                  resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False) -> None:
     """Train the motion generator on procedural objects, and on real clips where there are some."""
     from .training.motion import TrainingSettings, train
 
     with Progress(console=console) as progress:
         bar = progress.add_task("training", total=steps)
-        train(out, TrainingSettings(steps=steps, batch=batch, seed=seed), resume, clips,
+        train(out, TrainingSettings(steps=steps, batch=batch, seed=seed), resume, start, clips,
               report=lambda stage, step, total, preview=None: progress.update(bar, completed=step, total=total))
 
 

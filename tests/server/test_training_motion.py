@@ -109,6 +109,20 @@ def test_resumed_training_is_bit_identical(tmp_path):
     assert generator.network.config == TINY
 
 
+def test_a_new_run_can_begin_with_trained_weights(tmp_path):
+    short = TrainingSettings(steps=1, batch=4, seed=5)
+    trained = train(tmp_path / "first", TrainingSettings(steps=3, batch=4), config=TINY)
+    further = train(tmp_path / "further", short, start=trained)
+    afresh = train(tmp_path / "afresh", short, config=TINY)
+    assert MotionGenerator.load(further).network.config == TINY  # the weights bring their size along
+
+    def distance(weights):
+        start, end = load_file(trained), load_file(weights)
+        return sum(float((start[name].float() - end[name].float()).abs().sum()) for name in start)
+
+    assert 0 < distance(further) < 0.1 * distance(afresh)
+
+
 def test_other_seed_other_weights(tmp_path):
     one, two = (
         load_file(train(tmp_path / str(seed), TrainingSettings(steps=1, batch=4, seed=seed), config=TINY)) for seed in (0, 1)

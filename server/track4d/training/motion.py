@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..progress import Report, silent
 from ..video.diffusion import add_noise
+from ..video.generator import MotionGenerator
 from ..video.motion_unet import MotionUNet, UNetConfig
 from .clips import load_clips
 from .data import Batch, make_batch
@@ -114,6 +115,7 @@ def train(
     out: Path,
     settings: TrainingSettings = TrainingSettings(),
     resume: bool = False,
+    start: Path | None = None,
     clips: Path | None = None,
     config: UNetConfig | None = None,
     report: Report = silent,
@@ -127,6 +129,7 @@ def train(
     Args:
         out: folder for `checkpoint.pt`, `log.jsonl` and `motion.safetensors`; made when absent.
         resume: goes on from `out/checkpoint.pt` where there is one.
+        start: weights to begin a new run with, such as the shipped ones; the optimisers and the schedule begin anew.
         clips: folder of real clips, written by `tools/extract_clips.py`.
         report: called once a step with stage "train".
 
@@ -137,7 +140,8 @@ def train(
     real = load_clips(clips) if clips is not None else []
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    network = MotionUNet(config)
+    network = MotionUNet(config) if start is None else MotionGenerator.load(start).network.train()
+    config = network.config
     average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     optimizers = make_optimizers(network, settings)
     step, checkpoint, weights = 0, out / "checkpoint.pt", out / "motion.safetensors"
