@@ -54,7 +54,9 @@ def test_control_c_takes_the_job_back(tmp_path: Path) -> None:
         said = running.communicate(timeout=60)[1]
         assert running.returncode == 2 and "[cancelled]" in said and "Traceback" not in said
         assert not out.exists()
-        with Client(ensure_server(home)) as client:
+        with Client(ensure_server(home)) as client:  # the worker may take a moment to stop
+            while any(not job.state.final for job in client.jobs()) and time.monotonic() < deadline:
+                time.sleep(0.1)
             assert [job.state for job in client.jobs()] in ([], [JobState.CANCELLED])
     finally:
         running.kill()
