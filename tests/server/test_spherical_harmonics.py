@@ -20,8 +20,8 @@ from track4d_protocol.space import orbit_viewmats
 
 
 def directions(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),
-                                         dim=-1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, 3, generator=generator, dtype=torch.float64), dim=-1)
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
