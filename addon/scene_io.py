@@ -154,14 +154,15 @@ def _place(obj: bpy.types.Object, world: Matrix) -> None:
 
 def _gltf(path: Path) -> bool:
     """The importer leaves the first frame of the first clip behind, so it reads a copy without animations."""
-    with _still_gltf(path) as (still, had_animation):
+    with still_gltf(path) as (still, had_animation):
         # The default, 'BLENDER', displaces meshes on bones of a scaled armature.
         bpy.ops.import_scene.gltf(filepath=str(still), bone_heuristic="TEMPERANCE")
     return had_animation
 
 
 @contextmanager
-def _still_gltf(path: Path) -> Iterator[tuple[Path, bool]]:
+def still_gltf(path: Path) -> Iterator[tuple[Path, bool]]:
+    """A copy of a .glb or .gltf without animations, for as long as the block runs, and whether there were any."""
     binary = path.suffix.lower() == ".glb"
     data = path.read_bytes()
     length = struct.unpack("<I", data[12:16])[0] if binary else len(data)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import bpy
 import numpy as np
+from track4d_addon.trajectories import open_animated, play
 from track4d_protocol import space
 
 POSES = 24
@@ -81,9 +82,7 @@ def extract(path: Path, caption: dict, verbs: set[str]) -> dict | None:
     wanted = {name: clip for name, clip in caption["clips"].items() if VERBS.get(clip["verb"]) in verbs}
     if not wanted:
         return None
-    bpy.ops.wm.read_factory_settings(use_empty=True)
-    bpy.context.scene.render.fps = 24
-    bpy.ops.import_scene.gltf(filepath=str(path), bone_heuristic="TEMPERANCE")
+    default = open_animated(path)
     meshes, blocks = visible_meshes(), animated()
     strips: dict[str, list] = {}
     for block in blocks:
@@ -107,12 +106,7 @@ def extract(path: Path, caption: dict, verbs: set[str]) -> dict | None:
     for name, clip in wanted.items():
         if name not in strips:
             continue
-        for block in blocks:
-            block.animation_data.action = None
-        for block, action, slot in strips[name]:
-            block.animation_data.action = action
-            if slot is not None:
-                block.animation_data.action_slot = slot
+        play(set(blocks), strips[name], default)
         first = min(action.frame_range[0] for _, action, _ in strips[name])
         last = max(action.frame_range[1] for _, action, _ in strips[name])
         poses = []
