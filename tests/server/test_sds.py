@@ -1,0 +1,63 @@
+"""4D-SDS against the numbers of a published implementation, and in the motion generator's own space."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from track4d.motion.sds import draw_timestep, sds_loss
+from track4d.video.diffusion import log_snr
+from track4d.video.sampling import ALPHA_BARS, clean_from_noise
+from track4d.video.text import MAX_TOKENS
+
+
+@pytest.mark.parametrize("case", ["refine", "norescale"])
+def test_loss_and_gradient_are_those_of_the_published_implementation(shared: Path, case: str) -> None:
+    data = {name.removeprefix(case + "."): value
+            for name, value in load_file(shared / "fixtures/animate3d_stage2/sds_recon.safetensors").items()
+            if name.startswith(case + ".")}
+    views, frames = data["n_view_n_frame"].tolist()
+    scale, rescale = data["guidance_scale_std_rescale"].tolist()
+    alpha_bar = ALPHA_BARS[data["t"]]
+    latents = data["latents"].unflatten(0, (views, frames)).requires_grad_()  # [V, F, C, h, w]
+    noise = data["noise"][0].transpose(1, 2)  # [V, M, C, h, w]
+
+    def denoise(noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.testing.assert_close(noisy, data["unet_input"][:views, :, 1:].transpose(1, 2))
+        text, free = (data[name][:, :, 1:].transpose(1, 2) for name in ("eps_text", "eps_uncond"))
+        return clean_from_noise(noisy, text, alpha_bar), clean_from_noise(noisy, free, alpha_bar)
+
+    loss = sds_loss(latents[:, 1:], denoise, alpha_bar, noise, guidance=1 + scale, rescale=rescale)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), data["loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(latents.grad.flatten(0, 1), data["grad"], rtol=1e-4, atol=1e-6)
+    assert (latents.grad[:, 0] == 0).all()
+
+
+def test_steps_cover_the_range_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw_timestep(generator) for _ in range(4000)]
+    assert min(drawn) == 20 and max(drawn) == 200 and abs(np.mean(drawn) - 110) < 3
+
+
+def test_displacements_are_pulled_towards_what_the_motion_generator_believes() -> None:
+    from track4d.video.generator import MotionGenerator
+
+    network = MotionGenerator.load().network.requires_grad_(False)
+    config = network.config
+    generator = torch.Generator().manual_seed(0)
+    size = 32
+    seen = torch.rand(1, 4, 8, size, size, generator=generator)
+    latents = torch.randn(1, 4, config.latent, size, size, generator=generator).requires_grad_()
+    noise = torch.randn(latents.shape, generator=generator)
+    level, tokens = torch.tensor([0.3]), torch.zeros(1, MAX_TOKENS, dtype=torch.long)
+    believed = []
+
+    def denoise(noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        believed.append(network(noisy, seen, level, tokens))
+        return believed[0], network(noisy, seen, level, tokens, torch.ones(1, dtype=torch.bool))
+
+    sds_loss(latents, denoise, torch.sigmoid(log_snr(level[0])), noise, guidance=1, rescale=0).backward()
+    torch.testing.assert_close(latents.grad, (latents.detach() - believed[0]) / 4)
+    assert not believed[0].requires_grad
