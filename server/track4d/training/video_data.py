@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from track4d_protocol import space
+from track4d_protocol.errors import InputError
 
 from ..geometry import zbuffer
 from ..geometry.mesh import Mesh
@@ -109,8 +112,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(function(value) if isinstance(value, Tensor) else value for value in values))
+        moved: dict[str, Any] = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 # (seed, position, shape) to the clip at that position of the source's endless sequence; must be picklable.
@@ -175,13 +178,17 @@ def make_batch(source: Source, shape: ClipShape, seed: int, positions: Sequence[
     drawn = [_draw_tracks(clip, points, np.random.default_rng([seed, position, 1])) for clip, position in zip(clips, positions)]
     video = torch.from_numpy(np.stack([clip.video for clip in clips])).permute(0, 1, 2, 5, 3, 4).float() / 255
     video[:, :, :, :3] *= video[:, :, :, 3:]
+    tracks, visibility, mask = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*drawn))
+    surfaces = [clip.surface for clip in clips if clip.surface is not None]
     return Batch(
         video.contiguous(),
         [clip.caption for clip in clips],
         torch.from_numpy(np.stack([clip.viewmats for clip in clips])),
         torch.from_numpy(np.stack([clip.Ks for clip in clips])),
-        *(torch.from_numpy(np.stack(arrays)) for arrays in zip(*drawn)),
-        torch.from_numpy(np.stack([clip.surface for clip in clips])).permute(0, 1, 2, 5, 3, 4) if shape.surface else None,
+        tracks,
+        visibility,
+        mask,
+        torch.from_numpy(np.stack(surfaces)).permute(0, 1, 2, 5, 3, 4) if surfaces else None,
     )
 
 
@@ -201,6 +208,51 @@ def _draw_tracks(clip: Clip, points: int, rng: np.random.Generator) -> tuple[np.
 def shuffled(seed: int, position: int, count: int) -> int:
     """The index at a position of an endless sequence that goes through `count` clips in another order every time."""
     return int(np.random.default_rng([seed, position // count, count]).permutation(count)[position % count])
+
+
+def fit_clip(clip: Clip, shape: ClipShape, rng: np.random.Generator) -> Clip:
+    """A stored clip with fewer views, frames or pixels: every k-th view and frame from a random first one, pictures reduced.
+
+    Raises:
+        InputError: clip_too_small.
+    """
+    views, frames, size = clip.video.shape[:3]
+    if shape.views > views or shape.frames > frames or shape.size > size:
+        raise InputError(
+            "clip_too_small",
+            f"A clip has {views} views, {frames} frames and {size} pixels; the training asks for {shape.views}, {shape.frames} "
+            f"and {shape.size}.",
+            "Ask for less, or render the data set with more.",
+        )
+    v = (int(rng.integers(views)) if shape.views < views else 0) + np.arange(shape.views) * views // shape.views
+    v %= views
+    stride = frames // shape.frames
+    f = int(rng.integers(frames - stride * (shape.frames - 1))) + stride * np.arange(shape.frames)
+    video, surface, scale = clip.video[v][:, f], clip.surface, shape.size / size
+    surface = surface[v][:, f] if surface is not None else None
+    if shape.size != size:
+        video = np.stack([[_reduced(picture, shape.size) for picture in view] for view in video])
+        at = ((np.arange(shape.size) + 0.5) / scale).astype(int)
+        surface = surface[:, :, at][:, :, :, at] if surface is not None else None
+    return Clip(
+        video,
+        clip.caption,
+        clip.viewmats[v],
+        zbuffer.scale_intrinsics(clip.Ks[v], scale),
+        clip.tracks[v][:, f] * np.float32(scale),
+        clip.visibility[v][:, f],
+        clip.mask[v] & clip.visibility[v, f[0]],  # a query is seen in the first frame
+        surface,
+        clip.info,
+    )
+
+
+def _reduced(picture: np.ndarray, size: int) -> np.ndarray:
+    """A straight-alpha picture [S, S, 4] uint8 at another size; colours count as much as their alpha."""
+    alpha = picture[..., 3:] / np.float32(255)
+    small = cv2.resize(np.concatenate([picture[..., :3] * alpha, alpha], -1), (size, size), interpolation=cv2.INTER_AREA)
+    colors, alpha = small[..., :3] / np.maximum(small[..., 3:], 1e-6), small[..., 3:] * 255
+    return (np.concatenate([colors, alpha], -1).clip(0, 255) + 0.5).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -292,15 +344,31 @@ def draw_clip(
         viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of `shape.size`.
         shading: [N] or [N, 3] factor on the texture's colours; None for 1.
     """
-    rgba = zbuffer.straight(zbuffer.render(mesh, vertices, viewmats, Ks, shape.size, shading=shading))  # [F, V, S, S, 4]
-    video = (rgba.clip(0, 1) * 255 + 0.5).astype(np.uint8).swapaxes(0, 1)
+    rgba = zbuffer.render(mesh, vertices, viewmats, Ks, shape.size, shading=shading)  # [F, V, S, S, 4]
+    video = np.empty((len(viewmats), len(vertices), shape.size, shape.size, 4), np.uint8)
+    _straight_bytes(rgba, video)
     fragments = zbuffer.rasterise(vertices, mesh.faces, viewmats, Ks, shape.size)
     surface = None
     if shape.surface:
         places = zbuffer.interpolate(fragments, mesh.faces, vertices[0]).astype(np.float16)
         surface = places.reshape(len(vertices), len(viewmats), shape.size, shape.size, 3).swapaxes(0, 1)
     tracks, visibility, mask = exact_tracks(mesh.faces, vertices, viewmats, Ks, fragments)
-    return Clip(np.ascontiguousarray(video), caption, viewmats, Ks, tracks, visibility, mask, surface, info)
+    return Clip(video, caption, viewmats, Ks, tracks, visibility, mask, surface, info)
+
+
+@njit(cache=True, error_model="numpy")
+def _straight_bytes(rgba, video):
+    """Premultiplied [F, V, S, S, 4] in 0..1 to [V, F, S, S, 4] uint8 with straight alpha."""
+    half = np.float32(0.5)
+    for f in range(rgba.shape[0]):
+        for v in range(rgba.shape[1]):
+            for y in range(rgba.shape[2]):
+                for x in range(rgba.shape[3]):
+                    alpha = rgba[f, v, y, x, 3]
+                    scale = np.float32(255) / alpha if alpha > 0 else np.float32(0)
+                    for c in range(3):
+                        video[v, f, y, x, c] = np.uint8(min(rgba[f, v, y, x, c] * scale, np.float32(255)) + half)
+                    video[v, f, y, x, 3] = np.uint8(alpha * np.float32(255) + half)
 
 
 # Exact tracks
