@@ -21,9 +21,12 @@ from track4d_protocol import space
 POSES = 24
 MOST_VERTICES = 9000
 FRONTS = {"cat.glb": "+X", "slime.glb": "+X", "eagle.glb": "+Y"}  # all others face -Y
-VERBS = {name: name for name in """
-    walk run jump fly swim wave dance nod spin bounce attack die idle punch kick sit eat roll crouch turn clap
-""".split()} | {"crawl": "walk", "death": "die", "hit": "get hit", "shake head": "shake the head"}  # caption to the generator's verb
+# Caption to the generator's verb.
+VERBS = {"crawl": "walk", "death": "die", "hit": "get hit", "shake head": "shake the head"}
+VERBS |= {
+    name: name
+    for name in "walk run jump fly swim wave dance nod spin bounce attack idle punch kick sit eat roll crouch turn clap".split()
+}
 CYCLIC = {"walk", "run", "fly", "swim", "idle"}
 
 

@@ -18,6 +18,7 @@ from ..video.text import AMPLITUDES, COUNTS, SIDES, SPEEDS, VERB_NAMES, VERBS
 from .objects import Limb, ProceduralObject
 
 FORWARD, LEFT, UP = np.eye(3)
+_FLIP = np.array([1, -1, 1], np.float32)  # left to right
 
 
 @dataclass(frozen=True)
@@ -508,14 +509,13 @@ def animate(thing: ProceduralObject, action: Action, times: np.ndarray) -> np.nd
     """
     stage = _Stage(thing if action.side > 0 else mirrored(thing), action, times)
     _MOTIONS[VERB_NAMES[action.verb]](stage)
-    return stage.P if action.side > 0 else stage.P * np.float32([1, -1, 1])
+    return stage.P if action.side > 0 else stage.P * _FLIP
 
 
 def mirrored(thing: ProceduralObject) -> ProceduralObject:
     """The object with left and right exchanged, vertex by vertex."""
-    flip = np.float32([1, -1, 1])
-    limbs = [replace(limb, side=-limb.side, root=limb.root * flip, tip=limb.tip * flip) for limb in thing.limbs]
-    return replace(thing, vertices=thing.vertices * flip, limbs=limbs)
+    limbs = [replace(limb, side=-limb.side, root=limb.root * _FLIP, tip=limb.tip * _FLIP) for limb in thing.limbs]
+    return replace(thing, vertices=thing.vertices * _FLIP, limbs=limbs)
 
 
 # Verbs that speak of limbs; all others suit every object.
