@@ -22,20 +22,13 @@ from track4d_protocol import space
 POSES = 24
 MOST_VERTICES = 9000
 FRONTS = {"cat.glb": "+X", "slime.glb": "+X", "eagle.glb": "+Y"}  # all others face -Y
-VERBS = {
-    "walk": "walk",
-    "crawl": "walk",
-    "run": "run",
-    "jump": "jump",
-    "fly": "fly",
-    "swim": "swim",
-    "wave": "wave",
-    "dance": "dance",
-    "nod": "nod",
-    "spin": "spin",
-    "bounce": "bounce",
-}  # caption to the generator's verb
-CYCLIC = {"walk", "run", "fly", "swim"}
+# Caption to the generator's verb.
+VERBS = {"crawl": "walk", "death": "die", "hit": "get hit", "shake head": "shake the head"}
+VERBS |= {
+    name: name
+    for name in "walk run jump fly swim wave dance nod spin bounce attack idle punch kick sit eat roll crouch turn clap".split()
+}
+CYCLIC = {"walk", "run", "fly", "swim", "idle"}
 
 
 def visible_meshes() -> list[bpy.types.Object]:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -89,13 +90,17 @@ def train_motion(out: Annotated[Path, typer.Option(help="Folder for checkpoints 
                  batch: Annotated[int, typer.Option(help="Clips per step, a multiple of 4.")] = 16, seed: Seed = 0,
                  clips: Annotated[Path | None, typer.Option(help="Folder of real clips, made by tools/extract_clips.py.")] = None,
                  start: Annotated[Path | None, typer.Option(help="Weights to begin with, such as the shipped ones.")] = None,
+                 grid: Annotated[int | None, typer.Option(help="Pixels along a side of the latent; 64 refines --start.")] = None,
+                 rate: Annotated[float, typer.Option(help="Factor on the learning rates; less than 1 to refine weights.")] = 1.0,
                  resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False) -> None:
     """Train the motion generator on procedural objects, and on real clips where there are some."""
     from .training.motion import TrainingSettings, train
 
+    settings = TrainingSettings(steps, batch, seed)
+    settings = replace(settings, learning_rate=rate * settings.learning_rate, muon_rate=rate * settings.muon_rate)
     with Progress(console=console) as progress:
         bar = progress.add_task("training", total=steps)
-        train(out, TrainingSettings(steps=steps, batch=batch, seed=seed), resume, start, clips,
+        train(out, settings, resume, start, clips, grid=grid,
               report=lambda stage, step, total, preview=None: progress.update(bar, completed=step, total=total))
 
 

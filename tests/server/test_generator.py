@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from track4d.geometry.mesh import Mesh
 from track4d.training.judge import capture, make_trial, run_trial
 from track4d.training.objects import make_object
-from track4d.video.generator import MotionGenerator, decode_video, lift
-from track4d.video.maps import GRID, surface_maps
+from track4d.video.diffusion import add_noise
+from track4d.video.generator import MotionGenerator, decode_video, encode_tracks, lift
+from track4d.video.maps import surface_maps, surface_operator
 from track4d.video.text import VERB_NAMES
 from track4d_protocol import space
 from track4d_protocol.errors import Cancelled, InputError
@@ -39,9 +41,9 @@ def test_same_seed_same_motion(generator, dog):
 @pytest.mark.parametrize("frames", [2, 8, 16, 33])
 def test_any_number_of_frames(generator, dog, frames):
     motion = generate(generator, dog, frames=frames)
-    count = len(dog[0].vertices)
+    count, grid = len(dog[0].vertices), generator.network.config.grid
     assert motion.tracks.shape == (frames, count, 3) and motion.tracks.dtype == np.float32
-    assert motion.displacement.shape == (4, frames, GRID, GRID, 3) and motion.mask.shape == (4, GRID, GRID)
+    assert motion.displacement.shape == (4, frames, grid, grid, 3) and motion.mask.shape == (4, grid, grid)
     assert motion.confidence.shape == (count,) and 0 <= motion.confidence.min() <= motion.confidence.max() <= 1
     assert np.array_equal(motion.tracks[0], dog[0].vertices)
     assert np.isfinite(motion.tracks).all() and np.abs(motion.tracks[1:] - motion.tracks[0]).max() > 0.01
@@ -107,12 +109,43 @@ def test_adverbs_scale_the_motion(generator, dog):
 def test_lifting_gives_back_a_known_field():
     """Every pixel says where its surface point is; so must every vertex, hidden ones nearly."""
     thing = make_object(np.random.default_rng(11), "quadruped")
-    Ks = space.intrinsics(GRID, 4)
-    maps, coverage = surface_maps(thing.vertices, thing.faces, thing.vertices, VIEWMATS, Ks, GRID)
+    Ks = space.intrinsics(64, 4)
+    maps, coverage = surface_maps(thing.vertices, thing.faces, thing.vertices, VIEWMATS, Ks, 64)
     lifted, confidence = lift(thing.vertices, maps.transpose(0, 3, 1, 2)[:, None], maps, coverage, VIEWMATS, Ks)
     error = np.linalg.norm(lifted[:, 0] - thing.vertices, axis=-1)
     assert 0.3 < (confidence > 0).mean() <= 1
     assert error[confidence > 0.5].mean() < 0.03 and error.mean() < 0.06
+
+
+def test_the_surface_operator_draws_the_same_maps(dog):
+    mesh, _ = dog
+    Ks = space.intrinsics(32, 4)
+    values = np.random.default_rng(0).normal(size=(len(mesh.vertices), 5)).astype(np.float32)
+    maps, coverage = surface_maps(mesh.vertices, mesh.faces, values, VIEWMATS, Ks, 32)
+    drawn = surface_operator(mesh.vertices, mesh.faces, VIEWMATS, Ks, 32) @ values
+    assert np.allclose(drawn.reshape(maps.shape), maps, atol=1e-4) and (coverage > 0).any()
+
+
+def test_denoising_a_true_motion_in_displacement_space(generator):
+    """What 4D-SDS asks: a little noise on a true motion is taken off again, and the gradient reaches the vertices."""
+    trial = make_trial(3, VERB_NAMES.index("bend left"))
+    grid = generator.network.config.grid
+    seen, _, _ = generator.observe(trial.mesh, trial.views, VIEWMATS, KS)
+    rows = surface_operator(trial.mesh.vertices, trial.mesh.faces, VIEWMATS, space.intrinsics(grid, 4), grid)
+    tracks = torch.from_numpy(trial.truth).requires_grad_()
+    latent = encode_tracks(tracks, rows, 4)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    mask = seen[:, :, 7:]
+
+    def error(prompt, level=0.6):
+        clean = generator.denoise(add_noise(latent, noise, torch.tensor([level])), level, prompt, seen)
+        return ((clean - latent).square() * mask).sum()
+
+    with torch.no_grad():
+        assert error(trial.prompt) < 0.5 * (latent.square() * mask).sum()
+        assert error(trial.prompt) < error("the thing is jumping")
+    error(trial.prompt).backward()
+    assert tracks.grad is not None and torch.isfinite(tracks.grad).all() and tracks.grad.abs().max() > 0
 
 
 def test_decoded_video_starts_with_the_capture(generator, dog):

@@ -10,10 +10,10 @@ from track4d.training import data
 from track4d.training.clips import draw_clip, load_clips
 from track4d.training.motion import TrainingSettings, train
 from track4d.training.objects import PLANS, make_object
-from track4d.training.verbs import Action, animate
-from track4d.video.diffusion import BASIS_FRAMES, frame_times, temporal_basis
+from track4d.training.verbs import Action, animate, draw_action, mirrored
+from track4d.video.diffusion import BASIS_FRAMES, frame_times, log_snr, temporal_basis
 from track4d.video.generator import MotionGenerator
-from track4d.video.motion_unet import UNetConfig
+from track4d.video.motion_unet import MotionUNet, UNetConfig
 from track4d.video.text import VERB_NAMES, VERBS
 from track4d_protocol.errors import Cancelled
 
@@ -58,6 +58,65 @@ def test_directions():
     assert nod[1, top, 0] > thing.vertices[top, 0] + 0.02
     spin = animate(thing, Action(VERB_NAMES.index("spin")), np.array([0.0, 4 / 15]))
     assert np.cross(thing.vertices[hand], spin[1, hand])[2] > 0
+
+
+def test_sides_are_mirror_images():
+    thing = make_object(np.random.default_rng(1), "biped")
+    for name in ("turn", "punch", "wave"):
+        left, right = (animate(thing, Action(VERB_NAMES.index(name), side=side), TIMES) for side in (1, -1))
+        flipped = mirrored(thing)
+        assert np.allclose(animate(flipped, Action(VERB_NAMES.index(name)), TIMES) * [1, -1, 1], right, atol=1e-5)
+        assert np.abs(left - right).max() > 0.2
+    front = thing.vertices[:, 0].argmax()
+    turned = animate(thing, Action(VERB_NAMES.index("turn"), side=-1), TIMES)[-1]
+    assert turned[front, 1] < thing.vertices[front, 1] - 0.05  # right is -Y
+
+
+def test_what_is_counted_happens_so_often():
+    thing = make_object(np.random.default_rng(1), "biped")
+    rng, counts = np.random.default_rng(0), set()
+    jump = VERB_NAMES.index("jump")
+    while len(counts) < 2:
+        action, _, words = draw_action(rng, jump)
+        if words not in ("once", "twice"):
+            continue
+        counts.add(words)
+        height = animate(thing, action, np.linspace(0, 1, 64))[:, :, 2].mean(1)
+        peaks = (height[1:-1] > height[:-2]) & (height[1:-1] >= height[2:]) & (height[1:-1] > height[0] + 0.15)
+        assert peaks.sum() == {"once": 1, "twice": 2}[words]
+
+
+def test_a_finer_network_answers_as_the_coarse_one():
+    """Every pixel like the coarse one it lies in, for coarse inputs and whatever the noise level."""
+    torch.manual_seed(0)
+    coarse = MotionUNet(TINY).eval()
+    for parameter in coarse.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    fine = coarse.refined().eval()
+    assert (fine.config.grid, fine.config.patch) == (64, 4)
+    batch = data.make_batch(0, 5, 4)
+    batch.condition[:] = batch.condition.round()  # masks and pictures that survive doubling as they are
+    tokens, level = batch.tokens, torch.tensor([0.1, 0.4, 0.7, 0.95])
+
+    def signal(grid):
+        return torch.sigmoid(log_snr(level, grid)).sqrt()[:, None, None, None, None] * batch.latent
+
+    def doubled(picture):
+        return picture.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    # The noise that is left after averaging is the coarse noise, scaled as the network expects it.
+    noise = torch.randn(batch.latent.shape, generator=torch.Generator().manual_seed(1))
+    shares = [torch.sigmoid(-log_snr(level, grid)).sqrt()[:, None, None, None, None] for grid in (32, 64)]
+    with torch.no_grad():
+        answer = coarse(signal(32) + shares[0] * noise, batch.condition, level, tokens)
+        finer = fine(doubled(signal(64) + shares[1] / 2 * noise), doubled(batch.condition), level, tokens)
+    assert torch.allclose(doubled(answer), finer, atol=1e-4) and answer.abs().max() > 1e-3
+
+
+def test_training_can_be_refined(tmp_path):
+    trained = train(tmp_path / "coarse", TrainingSettings(steps=1, batch=4), config=TINY)
+    finer = train(tmp_path / "fine", TrainingSettings(steps=1, batch=4), start=trained, grid=64)
+    assert MotionGenerator.load(finer).network.config.grid == 64
 
 
 def test_running_legs_swing_about_their_hips():

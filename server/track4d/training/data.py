@@ -6,6 +6,7 @@ already in coefficients over time: the displacement latent without drawing a sin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 from track4d_protocol import space
 
-from ..video.diffusion import BASIS_FRAMES, LATENT_SCALE, frame_times, temporal_basis
-from ..video.maps import GRID, condition, surface_maps
+from ..video.diffusion import BASE_GRID, BASIS_FRAMES, LATENT_SCALE, frame_times, temporal_basis
+from ..video.maps import condition, surface_maps
 from ..video.text import tokenise
 from .clips import ClipObject, draw_clip
 from .objects import ProceduralObject, make_object
@@ -23,8 +24,7 @@ from .verbs import NOUNS, Action, animate, draw_action, draw_prompt, draw_verb
 REAL_SHARE = 0.3
 ACTIONS_PER_OBJECT = 4  # making and drawing an object costs more than moving it
 _BASIS = temporal_basis(frame_times(BASIS_FRAMES)).numpy()  # [16, K]
-VIEWMATS = space.orbit_viewmats()
-KS = space.intrinsics(GRID, len(VIEWMATS))
+NOMINAL_SHARE = 0.4  # of the objects are seen by the capture's own cameras, the others by cameras near them
 
 
 @dataclass
@@ -47,20 +47,37 @@ def motion_coefficients(trajectories: np.ndarray) -> np.ndarray:
     return np.tensordot(_BASIS, displacement, (0, 0)).transpose(1, 0, 2).reshape(displacement.shape[1], -1)
 
 
+def draw_cameras(rng: np.random.Generator, grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """The capture's four cameras, or others with more or less perspective, from higher or lower: [4, 4, 4] and [4, 3, 3]."""
+    if rng.random() < NOMINAL_SHARE:
+        return space.orbit_viewmats(), space.intrinsics(grid, 4)
+    angle = float(rng.uniform(28, 54))
+    distance = space.DISTANCE * math.sin(math.radians(space.FIELD_OF_VIEW / 2)) / math.sin(math.radians(angle / 2))
+    azimuths = np.add(space.AZIMUTHS, rng.uniform(-8, 8))
+    return space.orbit_viewmats(azimuths, rng.uniform(2, 32), distance), space.intrinsics(grid, 4, angle)
+
+
 def encode(
-    vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray, trajectories: list[np.ndarray]
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    colors: np.ndarray,
+    trajectories: list[np.ndarray],
+    viewmats: np.ndarray,
+    Ks: np.ndarray,
+    grid: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Several motions of one object as the network sees them.
 
     Args:
         vertices: [N, 3]; faces: [T, 3]; colors: [N, 3] sRGB 0..1.
         trajectories: A motions, each [16, N, 3] from the rest pose.
+        viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of `grid`.
 
     Returns:
         latents [A, V, 3 K, R, R]; condition [V, 8, R, R]; mask [V, 1, R, R].
     """
     values = np.concatenate([colors, vertices, *map(motion_coefficients, trajectories)], 1)
-    maps, coverage = surface_maps(vertices, faces, values, VIEWMATS, KS, GRID)
+    maps, coverage = surface_maps(vertices, faces, values, viewmats, Ks, grid)
     rgba = np.concatenate([maps[..., :3], np.ones_like(maps[..., :1])], -1) * coverage[..., None]
     latents = maps[..., 6:].reshape(*maps.shape[:3], len(trajectories), -1).transpose(3, 0, 4, 1, 2) * LATENT_SCALE
     return latents, condition(rgba, maps[..., 3:6], coverage), (coverage > 0)[:, None].astype(np.float32)
@@ -71,12 +88,13 @@ def _prompted_actions(rng: np.random.Generator, thing: ProceduralObject) -> list
     return [(action, draw_prompt(rng, NOUNS[thing.plan], action.verb, size, pace)) for action, size, pace in drawn]
 
 
-def make_batch(seed: int, step: int, size: int, real: list[ClipObject] | None = None) -> Batch:
+def make_batch(seed: int, step: int, size: int, real: list[ClipObject] | None = None, grid: int = BASE_GRID) -> Batch:
     """The batch of one training step: a function of its arguments alone, so a resumed training sees the same data.
 
     Args:
         size: a multiple of `ACTIONS_PER_OBJECT`.
         real: real animated meshes, for `REAL_SHARE` of the samples.
+        grid: pixels along a side.
     """
     rng = np.random.default_rng([seed, step])
     times = frame_times(BASIS_FRAMES).numpy()
@@ -84,7 +102,7 @@ def make_batch(seed: int, step: int, size: int, real: list[ClipObject] | None = 
     tokens: list[list[int]] = []
 
     def add(vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray, motions: list[np.ndarray], prompts: list[str]) -> None:
-        latent, seen, mask = encode(vertices, faces, colors, motions)
+        latent, seen, mask = encode(vertices, faces, colors, motions, *draw_cameras(rng, grid), grid)
         latents.append(latent)
         conditions.extend([seen] * len(motions))
         masks.extend([mask] * len(motions))

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +118,7 @@ def train(
     start: Path | None = None,
     clips: Path | None = None,
     config: UNetConfig | None = None,
+    grid: int | None = None,
     report: Report = silent,
 ) -> Path:
     """Trains the generator on procedural objects, and on real clips where there are some.
@@ -130,17 +131,24 @@ def train(
         out: folder for `checkpoint.pt`, `log.jsonl` and `motion.safetensors`; made when absent.
         resume: goes on from `out/checkpoint.pt` where there is one.
         start: weights to begin a new run with, such as the shipped ones; the optimisers and the schedule begin anew.
+        grid: pixels along a side of the latent; the grid of `start` is doubled until it is as fine (coarse first is cheaper).
         clips: folder of real clips, written by `tools/extract_clips.py`.
         report: called once a step with stage "train".
 
     Returns:
         the path of the weights (the exponential moving average).
     """
-    config = config or UNetConfig()
     real = load_clips(clips) if clips is not None else []
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    network = MotionUNet(config) if start is None else MotionGenerator.load(start).network.train()
+    if start is None:
+        config = config or UNetConfig()
+        network = MotionUNet(replace(config, grid=grid or config.grid))
+    else:
+        network = MotionGenerator.load(start).network
+        while grid is not None and network.config.grid < grid:
+            network = network.refined()
+    network.train()
     config = network.config
     average = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     optimizers = make_optimizers(network, settings)
@@ -168,7 +176,7 @@ def train(
         while step < settings.steps:
             report("train", step, settings.steps)
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            loss, seen = diffusion_loss(network, make_batch(settings.seed, step, settings.batch, real), generator)
+            loss, seen = diffusion_loss(network, make_batch(settings.seed, step, settings.batch, real, config.grid), generator)
             network.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

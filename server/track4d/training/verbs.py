@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..video.text import AMPLITUDES, SPEEDS, VERB_NAMES, VERBS
+from ..video.text import AMPLITUDES, COUNTS, SIDES, SPEEDS, VERB_NAMES, VERBS
 from .objects import Limb, ProceduralObject
 
 FORWARD, LEFT, UP = np.eye(3)
+_FLIP = np.array([1, -1, 1], np.float32)  # left to right
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Action:
     Attributes:
         verb: index into `VERBS`.
         amplitude, speed: factors, words and jitter together.
+        side: 1 as described, to the left where there is a side; -1 its mirror image.
     """
 
     verb: int
     amplitude: float = 1.0
     speed: float = 1.0
+    side: int = 1
 
 
 class _Stage:
@@ -52,6 +55,8 @@ class _Stage:
         self.low, self.high = self.rest.min(0), self.rest.max(0)
         self.size = self.high - self.low
         self.height = (self.rest[:, 2] - self.low[2]) / max(float(self.size[2]), 1e-6)  # 0..1
+        self.foot = np.array([0.0, 0.0, self.low[2]])
+        self.four = len({leg.row for leg in thing.of("leg")}) == 2
         self.P = np.repeat(self.rest[None], len(self.phase), 0)
 
     def wave(self, cycles: float, offset: float = 0.0) -> np.ndarray:
@@ -61,6 +66,15 @@ class _Stage:
     def swell(self, cycles: float) -> np.ndarray:
         """0 to 1 and back, `cycles` times; [F]."""
         return 0.5 - 0.5 * np.cos(2 * math.pi * cycles * self.phase)
+
+    def settle(self, rate: float = 1.7) -> np.ndarray:
+        """0 to 1, then staying there; [F]."""
+        return smooth(0.0, 1.0, self.phase * rate)
+
+    def stroke(self, start: float, end: float) -> np.ndarray:
+        """0, up to 1 and back within this part of each cycle; [F]."""
+        x = np.clip((np.mod(self.phase, 1.0) - start) / (end - start), 0, 1)
+        return np.sin(math.pi * x) ** 2
 
     def move(self, axis: int, shift: np.ndarray) -> None:
         """Moves along an axis (0 X, 1 Y, 2 Z) by [F] or [F, N]."""
@@ -301,6 +315,138 @@ def _pulse(s: _Stage) -> None:
     s.P *= (1 + 0.25 * s.amplitude * s.wave(1.0))[:, None, None]
 
 
+def _attack(s: _Stage) -> None:
+    back, strike = s.amplitude * s.stroke(0.0, 0.4), s.amplitude * s.stroke(0.25, 0.85)
+    for arm in s.thing.of("arm"):
+        s.swing(arm, UP, 1.2 * back - 0.2 * strike)
+        s.swing(arm, FORWARD, 0.9 * strike)
+    s.turn(LEFT, 0.35 * strike - 0.25 * back, s.foot)
+    s.move(0, 0.3 * strike - 0.15 * back)
+
+
+def _die(s: _Stage) -> None:
+    fall = s.settle() ** 2
+    for limb in s.thing.of("leg", "arm", "wing"):
+        s.swing(limb, FORWARD, 0.3 * s.amplitude * fall * (1 if limb.row == 0 else -1))
+    s.turn(FORWARD, -1.25 * min(s.amplitude, 1.15) * fall, [0, 0.6 * s.high[1], s.low[2]])
+
+
+def _idle(s: _Stage) -> None:
+    breath = s.amplitude * s.wave(1.0)
+    s.turn(LEFT, 0.05 * breath[:, None] * s.height, s.foot)
+    for head in s.thing.of("head"):
+        s.swing(head, -UP, 0.08 * breath)
+    s.squash(1 - 0.05 * breath)
+
+
+def _get_hit(s: _Stage) -> None:
+    x = 4 * np.mod(s.phase, 1.0)
+    jerk = s.amplitude * x * np.exp(1 - x) * s.ramp
+    for arm in s.thing.of("arm"):
+        s.swing(arm, UP, 0.5 * jerk)
+    s.turn(LEFT, -0.4 * jerk, s.foot)
+    s.move(0, -0.25 * jerk)
+
+
+def _half(s: _Stage, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """The left part of an object between two heights (0..1): members [n] and weights [n]."""
+    members = np.nonzero(s.rest[:, 1] > 0)[0]
+    height = s.height[members]
+    weight = smooth(low - 0.15, low + 0.1, height) * (1 - smooth(high - 0.1, high + 0.15, height))
+    return members, weight * smooth(0.05, 0.5, s.rest[members, 1] / max(float(s.high[1]), 1e-3))
+
+
+def _punch(s: _Stage) -> None:
+    jab = s.amplitude * s.stroke(0.1, 0.7)
+    limbs = s.thing.of("arm") or [leg for leg in s.thing.of("leg") if leg.row == 0]
+    limbs = [limb for limb in limbs if limb.side > 0][:1]
+    for limb in limbs:
+        s.swing(limb, FORWARD, 1.35 * jab, -0.5 * s.amplitude * s.stroke(0.0, 0.35))
+    if not limbs:
+        members, weight = _half(s, 0.45, 1.2)
+        s.P[:, members, 0] += 0.4 * jab[:, None] * weight
+    s.turn(UP, -0.3 * jab, [0, 0, 0])
+
+
+def _kick(s: _Stage) -> None:
+    kick = s.amplitude * s.stroke(0.1, 0.75)
+    legs = s.thing.of("leg")
+    if s.four:  # both hind legs, as a horse does
+        for leg in legs:
+            if leg.row > 0:
+                s.swing(leg, -FORWARD, 1.1 * kick)
+        s.turn(LEFT, 0.3 * kick, [0.7 * s.high[0], 0, s.low[2]])
+        return
+    limbs = [leg for leg in legs if leg.side > 0][:1]
+    for leg in limbs:
+        s.swing(leg, FORWARD, 1.3 * kick)
+    if not limbs:
+        members, weight = _half(s, -0.2, 0.4)
+        s.P[:, members, 0] += 0.45 * kick[:, None] * weight
+    s.turn(LEFT, -0.15 * kick, s.foot)
+
+
+def _sit(s: _Stage) -> None:
+    down = min(s.amplitude, 1.2) * s.settle()
+    legs = s.thing.of("leg")
+    for leg in legs:
+        if s.four and leg.row > 0:
+            s.swing(leg, FORWARD, 0.9 * down, -0.7 * down)
+        elif not s.four and len(legs) <= 2:
+            s.swing(leg, FORWARD, 1.35 * down, -1.2 * down)
+    if s.four:
+        s.turn(LEFT, -0.4 * down, [0.7 * s.high[0], 0, s.low[2]])
+    elif 0 < len(legs) <= 2:
+        s.move(2, -0.5 * np.linalg.norm(legs[0].tip - legs[0].root) * down)
+    else:
+        s.turn(LEFT, -0.25 * down, s.foot)
+        s.squash(1 - 0.25 * down)
+
+
+def _eat(s: _Stage) -> None:
+    bite = s.amplitude * (0.85 * s.settle(3.0) + 0.15 * s.wave(3.0))
+    _move_head(s, LEFT, 0.9 * bite)
+    s.turn(LEFT, (0.25 * bite)[:, None] * (0.3 + 0.7 * s.height), [0, 0, s.low[2]])
+
+
+def _roll(s: _Stage) -> None:
+    s.turn(LEFT, math.pi * s.amplitude * s.phase, [0, 0, 0])
+
+
+def _crouch(s: _Stage) -> None:
+    down = min(s.amplitude, 1.3) * s.settle()
+    for leg in s.thing.of("leg"):
+        s.swing(leg, FORWARD, 0.5 * down, -0.9 * down)
+    s.turn(LEFT, 0.15 * down, s.foot)
+    s.squash(1 - 0.36 * down)
+
+
+def _bow(s: _Stage) -> None:
+    bend = 0.95 * s.amplitude * s.swell(1.0)
+    s.turn(LEFT, bend[:, None] * smooth(0.3, 0.6, s.height), [0, 0, s.low[2] + 0.4 * s.size[2]])
+
+
+def _shake_head(s: _Stage) -> None:
+    _move_head(s, UP, 0.6 * s.amplitude * s.wave(2.5))
+
+
+def _turn(s: _Stage) -> None:
+    s.turn(UP, 1.25 * s.amplitude * s.settle(), [0, 0, 0])
+
+
+def _clap(s: _Stage) -> None:
+    limbs = s.thing.of("arm") or s.thing.of("wing") or [leg for leg in s.thing.of("leg") if leg.row == 0]
+    raised, meeting = s.amplitude * s.settle(4.0), s.amplitude * s.swell(3.0)
+    for limb in limbs:
+        s.swing(limb, FORWARD, 0.9 * raised)
+        s.turn(UP, -limb.side * (0.55 * meeting - 0.15 * raised), limb.root, limb.members)
+    if limbs:
+        return
+    for side in (1, -1):
+        members = np.nonzero(s.rest[:, 1] * side > 0)[0]
+        s.turn(UP, (-side * 0.45 * meeting)[:, None] * smooth(0.0, 0.4, s.rest[members, 1] * side), [0, 0, 0], members)
+
+
 _MOTIONS: dict[str, Callable[[_Stage], None]] = {
     "walk": _walk,
     "run": _run,
@@ -322,12 +468,32 @@ _MOTIONS: dict[str, Callable[[_Stage], None]] = {
     "bend left": _bend_left,
     "bend right": _bend_right,
     "pulse": _pulse,
+    "attack": _attack,
+    "die": _die,
+    "idle": _idle,
+    "get hit": _get_hit,
+    "punch": _punch,
+    "kick": _kick,
+    "sit": _sit,
+    "eat": _eat,
+    "roll": _roll,
+    "crouch": _crouch,
+    "bow": _bow,
+    "shake the head": _shake_head,
+    "turn": _turn,
+    "clap": _clap,
 }
 assert tuple(_MOTIONS) == VERB_NAMES
 
-# Locomotion is what people ask for first, and the hardest.
-_SHARES = np.array([2.5, 2.5, 1.2, 1.2, 1.2] + [1.0] * (len(VERBS) - 5))
+# Locomotion is what people ask for first, and the hardest; whole-body motions are learnt soonest.
+_OFTEN = {"walk": 3.0, "run": 3.0, "fly": 2.5, "swim": 2.5} | dict.fromkeys(("jump", "wave", "flap", "look around", "twist"), 1.3)
+_SELDOM = dict.fromkeys(("bounce", "squash and stretch", "sway", "bend left", "bend right", "pulse", "shake"), 0.7)
+_SHARES = np.array([(_OFTEN | _SELDOM).get(name, 1.0) for name in VERB_NAMES])
 _SHARES /= _SHARES.sum()
+
+# Motions that can be told to the other side, and how often those that can be counted happen in 16 frames.
+SIDED = frozenset(("wave", "look around", "spin", "sway", "twist", "die", "punch", "kick", "turn", "dance"))
+CYCLES = {"nod": 2} | dict.fromkeys(("jump", "attack", "punch", "kick", "bow", "get hit", "sway", "twist", "look around"), 1)
 
 
 def animate(thing: ProceduralObject, action: Action, times: np.ndarray) -> np.ndarray:
@@ -341,9 +507,15 @@ def animate(thing: ProceduralObject, action: Action, times: np.ndarray) -> np.nd
     Returns:
         [F, N, 3] float32, canonical.
     """
-    stage = _Stage(thing, action, times)
+    stage = _Stage(thing if action.side > 0 else mirrored(thing), action, times)
     _MOTIONS[VERB_NAMES[action.verb]](stage)
-    return stage.P
+    return stage.P if action.side > 0 else stage.P * _FLIP
+
+
+def mirrored(thing: ProceduralObject) -> ProceduralObject:
+    """The object with left and right exchanged, vertex by vertex."""
+    limbs = [replace(limb, side=-limb.side, root=limb.root * _FLIP, tip=limb.tip * _FLIP) for limb in thing.limbs]
+    return replace(thing, vertices=thing.vertices * _FLIP, limbs=limbs)
 
 
 # Verbs that speak of limbs; all others suit every object.
@@ -352,7 +524,10 @@ _NEEDS = {
     **dict.fromkeys(("fly", "flap"), ("wing", "arm")),
     "wave": ("arm", "wing", "leg"),
     "wag the tail": ("tail",),
-    **dict.fromkeys(("nod", "look around"), ("head",)),
+    **dict.fromkeys(("nod", "look around", "shake the head", "eat"), ("head",)),
+    **dict.fromkeys(("kick", "sit"), ("leg",)),
+    "punch": ("arm", "leg"),
+    "clap": ("arm", "wing", "leg"),
 }
 _ODD_SHARE = 0.15  # of unsuitable verbs that are kept: nobody is told "no"
 
@@ -372,16 +547,26 @@ def draw_verb(rng: np.random.Generator, thing: ProceduralObject) -> int:
 
 
 def draw_action(rng: np.random.Generator, verb: int, plain: bool = False) -> tuple[Action, str, str]:
-    """An action with random amplitude and speed, and the words for them.
+    """An action with random amplitude, speed and side, and the words for them.
 
     Args:
         verb: index into `VERBS`.
         plain: without adverbs.
+
+    Returns:
+        the action, the word for its size, and the words for its pace or number, and its side.
     """
+    name = VERB_NAMES[verb]
     size = "" if plain else str(rng.choice(list(AMPLITUDES), p=[0.2, 0.6, 0.2]))
     pace = "" if plain else str(rng.choice(list(SPEEDS), p=[0.2, 0.6, 0.2]))
-    amplitude, speed = AMPLITUDES[size] * float(rng.uniform(0.9, 1.1)), SPEEDS[pace] * float(rng.uniform(0.96, 1.04))
-    return Action(verb, amplitude, speed), size, pace
+    speed, side = SPEEDS[pace], ""
+    if not plain and name in CYCLES and rng.random() < 0.25:
+        pace = str(rng.choice(list(COUNTS)))
+        speed = COUNTS[pace] / CYCLES[name]
+    if not plain and name in SIDED and rng.random() < 0.35:
+        side = str(rng.choice(list(SIDES)))
+    amplitude, speed = AMPLITUDES[size] * float(rng.uniform(0.9, 1.1)), speed * float(rng.uniform(0.96, 1.04))
+    return Action(verb, amplitude, speed, SIDES.get(side, 1)), size, f"{pace} {side}".strip()
 
 
 NOUNS = {
@@ -411,7 +596,7 @@ def draw_prompt(rng: np.random.Generator, nouns: list[str], verb: int, size: str
     adjective = str(rng.choice(_ADJECTIVES)) if rng.random() < 0.2 else ""
     subject = "" if rng.random() < 0.15 else f"{rng.choice(['the', 'a', 'my'])} {adjective} {noun}"
     phrase = str(rng.choice(VERBS[verb].phrases))
-    order = rng.integers(3)
+    order = rng.integers(3) if not set(pace.split()) & {*SIDES, *COUNTS} else 0  # nobody says "left the fox turns"
     words = (
         f"{subject} {phrase} {size} {pace}",
         f"{subject} {size} {pace} {phrase}",

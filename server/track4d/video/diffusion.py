@@ -16,6 +16,7 @@ COEFFICIENTS = 12  # of 15: the truncation costs less than a hundredth of the mo
 LATENT_CHANNELS = 3 * COEFFICIENTS
 LATENT_SCALE = 5.0  # displacement to latent; about unit variance for a strong motion
 BASIS_FRAMES = 16  # the clip length the basis is orthonormal for, frame 0 included
+BASE_GRID = 32  # pixels along a side for which the noise schedule is made
 _SHIFT = -2.0  # log-SNR shift of the cosine schedule: smooth fields keep their signal under more noise
 
 
@@ -40,15 +41,18 @@ def frame_times(frames: int) -> Tensor:
     return torch.arange(frames) / max(frames - 1, 1)
 
 
-def log_snr(noise_level: Tensor) -> Tensor:
-    """Shifted cosine schedule; noise level 0 (clean) to 1 (noise)."""
+def log_snr(noise_level: Tensor, grid: int) -> Tensor:
+    """Shifted cosine schedule; noise level 0 (clean) to 1 (noise).
+
+    On a finer grid noise averages out over more pixels, so there is more of it (Hoogeboom et al. 2023, simple diffusion).
+    """
     clipped = noise_level.clamp(1e-3, 1 - 1e-3)
-    return -2 * torch.log(torch.tan(math.pi * clipped / 2)) + _SHIFT
+    return -2 * torch.log(torch.tan(math.pi * clipped / 2)) + _SHIFT + 2 * math.log(BASE_GRID / grid)
 
 
 def add_noise(latent: Tensor, noise: Tensor, noise_level: Tensor) -> Tensor:
-    """Variance-preserving diffusion of [B, ...] at noise levels [B]."""
-    snr = log_snr(noise_level).reshape(-1, *[1] * (latent.ndim - 1))
+    """Variance-preserving diffusion of [B, ..., R, R] at noise levels [B]."""
+    snr = log_snr(noise_level, latent.shape[-1]).reshape(-1, *[1] * (latent.ndim - 1))
     return torch.sigmoid(snr).sqrt() * latent + torch.sigmoid(-snr).sqrt() * noise
 
 
@@ -60,7 +64,7 @@ def sample(
 
     Args:
         denoise: (noisy latent [B, ...], noise level [B]) to the predicted clean latent.
-        noise: [B, ...] standard normal.
+        noise: [B, ..., R, R] standard normal.
         steps: evaluations of the network.
         on_step: called with the number of steps done before each step; may raise.
     """
@@ -70,7 +74,7 @@ def sample(
         if on_step is not None:
             on_step(k)
         clean = denoise(latent, levels[k].expand(len(latent)))
-        now, then = log_snr(levels[k]), log_snr(levels[k + 1])
+        now, then = log_snr(levels[k], noise.shape[-1]), log_snr(levels[k + 1], noise.shape[-1])
         residual = (latent - torch.sigmoid(now).sqrt() * clean) / torch.sigmoid(-now).sqrt()
         latent = torch.sigmoid(then).sqrt() * clean + torch.sigmoid(-then).sqrt() * residual
     return clean

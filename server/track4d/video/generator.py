@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse
 import torch
 from safetensors import SafetensorError, safe_open
 from scipy.spatial import cKDTree
@@ -16,8 +18,8 @@ from ..geometry import zbuffer
 from ..geometry.mesh import Mesh, weld
 from ..progress import Report, silent
 from . import text
-from .diffusion import COEFFICIENTS, LATENT_SCALE, frame_times, sample, temporal_basis
-from .maps import GRID, condition, shrink, surface_maps
+from .diffusion import BASIS_FRAMES, COEFFICIENTS, LATENT_SCALE, frame_times, sample, temporal_basis
+from .maps import condition, shrink, surface_maps
 from .motion_unet import MotionUNet, UNetConfig
 
 WEIGHTS = Path(__file__).parent / "weights" / "motion.safetensors"
@@ -117,49 +119,104 @@ class MotionGenerator:
             seed: of the noise.
             report: stage "generate", once before each step and once at the end; may raise `Cancelled`.
         """
-        maps, coverage = surface_maps(
-            mesh.vertices,
-            mesh.faces,
-            mesh.vertices,
-            viewmats,
-            zbuffer.scale_intrinsics(Ks, GRID / views.shape[1]),
-            GRID,
-        )
-        seen = condition(shrink(views, GRID), maps, coverage)  # [V, 8, R, R]
-        noise = torch.randn(1, len(views), self.network.config.latent, GRID, GRID, generator=torch.Generator().manual_seed(seed))
-        latent = self.denoise(
-            torch.from_numpy(seen)[None],
-            torch.tensor([text.tokenise(prompt)]),
-            noise,
-            steps,
-            guidance,
-            lambda step: report("generate", step, steps),
-        )
+        grid = self.network.config.grid
+        seen, maps, coverage = self.observe(mesh, views, viewmats, Ks)
+        noise = torch.randn(1, len(views), self.network.config.latent, grid, grid, generator=torch.Generator().manual_seed(seed))
+        tokens = torch.tensor([text.tokenise(prompt)])
+        latent = self.sample(seen, tokens, noise, steps, guidance, lambda step: report("generate", step, steps))
         report("generate", steps, steps)
-        coefficients = latent[0].numpy().reshape(len(views), COEFFICIENTS, 3, GRID, GRID) / LATENT_SCALE
+        coefficients = latent[0].numpy().reshape(len(views), COEFFICIENTS, 3, grid, grid) / LATENT_SCALE
         mask = coverage > 0
         coefficients *= mask[:, None, None]
         basis = temporal_basis(frame_times(frames)).numpy()  # [F, K]
         displacement = np.einsum("fk,vkchw->vfhwc", basis, coefficients).astype(np.float32)
-        lifted, confidence = lift(
-            mesh.vertices, coefficients, maps, coverage, viewmats, zbuffer.scale_intrinsics(Ks, GRID / views.shape[1])
-        )
+        Ks_grid = zbuffer.scale_intrinsics(Ks, grid / views.shape[1])
+        lifted, confidence = lift(mesh.vertices, coefficients, maps, coverage, viewmats, Ks_grid)
         tracks = mesh.vertices + np.einsum("fk,nkc->fnc", basis, lifted)
         return GeneratedMotion(displacement, mask, tracks.astype(np.float32), confidence)
 
+    def observe(
+        self, mesh: Mesh, views: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """What the network sees of an object; arguments as of `generate`.
+
+        Returns:
+            condition [1, V, 8, R, R], rest position behind each pixel [V, R, R, 3], coverage [V, R, R].
+        """
+        grid = self.network.config.grid
+        Ks_grid = zbuffer.scale_intrinsics(Ks, grid / views.shape[1])
+        maps, coverage = surface_maps(mesh.vertices, mesh.faces, mesh.vertices, viewmats, Ks_grid, grid)
+        return torch.from_numpy(condition(shrink(views, grid), maps, coverage))[None], maps, coverage
+
+    def predictions(
+        self, noisy: torch.Tensor, seen: torch.Tensor, noise_level: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The clean latents that the network believes in, with the sentence and without it.
+
+        Args:
+            noisy: [B, V, 3 K, R, R].
+            seen: [B, V, 8, R, R] from `observe`.
+            noise_level: [B] in 0..1.
+            tokens: [B, MAX_TOKENS] int64.
+        """
+        free = torch.ones(len(noisy), dtype=torch.bool, device=noisy.device)
+        return self.network(noisy, seen, noise_level, tokens), self.network(noisy, seen, noise_level, tokens, free)
+
     def denoise(
+        self, noisy: torch.Tensor, noise_level: float, prompt: str, seen: torch.Tensor, guidance: float = GUIDANCE
+    ) -> torch.Tensor:
+        """z0_hat of 4D-SDS in displacement space (Track4DGen, Eq. 11), with gradient towards `noisy` where it has one.
+
+        Args:
+            noisy: [B, V, 3 K, R, R], latents of `encode_tracks` with noise of `diffusion.add_noise`.
+            noise_level: 0..1.
+            prompt: a sentence.
+            seen: [B or 1, V, 8, R, R] from `observe`: the pictures, cameras and rest positions.
+            guidance: classifier-free guidance scale; 1 is without.
+
+        Returns:
+            clean latents like `noisy`.
+        """
+        seen = seen.expand(len(noisy), -1, -1, -1, -1)
+        level = torch.full((len(noisy),), noise_level)
+        tokens = torch.tensor([text.tokenise(prompt)]).expand(len(noisy), -1)
+        if guidance == 1:
+            return self.network(noisy, seen, level, tokens)
+        conditional, free = self.predictions(noisy, seen, level, tokens)
+        return free + guidance * (conditional - free)
+
+    def sample(
         self, seen: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor, steps: int, guidance: float, on_step=None
     ) -> torch.Tensor:
         """Latents [B, V, 3 K, R, R] for conditions [B, V, 8, R, R] and sentences [B, MAX_TOKENS]."""
 
         def clean(latent: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-            conditional = self.network(latent, seen, level, tokens)
             if guidance == 1:
-                return conditional
-            free = self.network(latent, seen, level, tokens, torch.ones(len(latent), dtype=torch.bool))
+                return self.network(latent, seen, level, tokens)
+            conditional, free = self.predictions(latent, seen, level, tokens)
             return free + guidance * (conditional - free)
 
         return sample(clean, noise, steps, on_step)
+
+
+def encode_tracks(tracks: torch.Tensor, seen_by: scipy.sparse.csr_array, views: int) -> torch.Tensor:
+    """The generator's latent of a motion, with gradient towards it.
+
+    Args:
+        tracks: [16, N, 3] vertex positions, rest pose first.
+        seen_by: [V * R * R, N] from `maps.surface_operator`.
+        views: V.
+
+    Returns:
+        [1, V, 3 K, R, R].
+    """
+    basis = temporal_basis(frame_times(BASIS_FRAMES)).to(tracks)  # [16, K]
+    coefficients = torch.einsum("fk,fnc->nkc", basis, tracks - tracks[:1]).flatten(1)  # [N, 3 K]
+    entries = seen_by.tocoo()
+    rows = torch.sparse_coo_tensor(np.stack(entries.coords), entries.data, entries.shape, dtype=tracks.dtype, check_invariants=False)
+    maps = torch.sparse.mm(rows, coefficients) * LATENT_SCALE  # [V R R, 3 K]
+    size = math.isqrt(len(maps) // views)
+    return maps.view(1, views, size, size, -1).permute(0, 1, 4, 2, 3)
 
 
 def lift(

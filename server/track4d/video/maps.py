@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
+import scipy.sparse
 from numba import njit
 
 from ..geometry import zbuffer
 
-GRID = 32  # pixels along each side of the motion latent
 SAMPLES = 2  # subpixels per pixel along each axis
 
 
@@ -64,6 +64,22 @@ def surface_maps(
         coverage,
     )
     return maps, coverage
+
+
+def surface_operator(
+    vertices: np.ndarray, faces: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, size: int
+) -> scipy.sparse.csr_array:
+    """`surface_maps` as a matrix: [V * size * size, N] float32, whose product with vertex values [N, C] are the maps."""
+    seen = zbuffer.rasterise(vertices[None], faces, viewmats, zbuffer.scale_intrinsics(Ks, SAMPLES), size * SAMPLES)
+    shape = (len(viewmats), size * SAMPLES, size * SAMPLES)
+    hit = seen.faces.reshape(shape) >= 0
+    v, y, x = np.nonzero(hit)
+    pixels = (v * size + y // SAMPLES) * size + x // SAMPLES
+    far = seen.weights.reshape(*shape, 2)[hit]
+    shares = np.concatenate([1 - far.sum(1, keepdims=True), far], 1) / np.bincount(pixels)[pixels][:, None]
+    corners = np.asarray(faces)[seen.faces.reshape(shape)[hit]]
+    entries = (shares.ravel().astype(np.float32), (np.repeat(pixels, 3), corners.ravel()))
+    return scipy.sparse.coo_array(entries, (len(viewmats) * size * size, len(vertices))).tocsr()
 
 
 def condition(rgba: np.ndarray, position: np.ndarray, coverage: np.ndarray) -> np.ndarray:

@@ -8,13 +8,13 @@ that tokens of different views that see the same place know it, and so that no p
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .diffusion import LATENT_CHANNELS
+from .diffusion import BASE_GRID, LATENT_CHANNELS, log_snr
 from .text import MAX_TOKENS, VOCABULARY_SIZE
 
 CONDITION_CHANNELS = 8  # premultiplied RGBA, rest position, mask
@@ -22,11 +22,17 @@ CONDITION_CHANNELS = 8  # premultiplied RGBA, rest position, mask
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of the network; stored with its weights."""
+    """Sizes of the network; stored with its weights.
+
+    Attributes:
+        grid: pixels along each side of the motion latent.
+        patch: pixels along each side of a token of the finest level.
+    """
 
     channels: tuple[int, int, int] = (64, 96, 128)
     embedding: int = 160
     text_width: int = 64
+    grid: int = BASE_GRID
     patch: int = 2
     vocabulary: int = VOCABULARY_SIZE
     latent: int = LATENT_CHANNELS
@@ -146,7 +152,7 @@ class MotionUNet(nn.Module):
         """
         Args:
             noisy: [B, V, latent, H, W].
-            condition: [B, V, 8, H, W] from `generator.condition`; H and W divide by 8.
+            condition: [B, V, 8, H, W] from `maps.condition`; H = W = `config.grid`, which divides by 4 * `config.patch`.
             noise_level: [B] in 0..1.
             tokens: [B, MAX_TOKENS] int64.
             drop: [B] bool, samples to be denoised without their sentence.
@@ -163,7 +169,10 @@ class MotionUNet(nn.Module):
         embedding = self.embedding_out(embedding[:, None] + self.view[None, :views]).reshape(batch * views, -1)
         condition = condition.flatten(0, 1)  # [B * V, 8, H, W]
         mask = condition[:, 7:]
-        noisy = noisy.flatten(0, 1) * mask  # noise where nothing is seen would only distract
+        snr = log_snr(noise_level, width)
+        scale = (torch.sigmoid(snr) + torch.sigmoid(-snr) * (BASE_GRID / width) ** 2) ** -0.5  # 1 at the base grid
+        # Of unit variance after averaging to the base grid; noise where nothing is seen would only distract.
+        noisy = (noisy * scale[:, None, None, None, None]).flatten(0, 1) * mask
         codes = position_features(condition[:, 4:7], mask)
         inputs = torch.cat([condition[:, :4], codes, mask], 1)
         places = F.avg_pool2d(torch.cat([codes, mask], 1), 2 * patch)  # [B * V, 16, H / 4, W / 4]
@@ -183,3 +192,23 @@ class MotionUNet(nn.Module):
             h = block(h, embedding)
         out = F.pixel_shuffle(self.out(F.silu(self.norm(h))), patch)
         return out.view(batch, views, -1, height, width)
+
+    @torch.no_grad()
+    def refined(self) -> MotionUNet:
+        """The same network on a grid twice as fine: every pixel is answered as its coarse one was, until trained further."""
+        config = replace(self.config, grid=2 * self.config.grid, patch=2 * self.config.patch)
+        fine, state = MotionUNet(config), self.state_dict()
+
+        def spread(weight: Tensor, dimension: int) -> Tensor:
+            """Channels (c, y, x) of a patch, each repeated for the 2 x 2 finer pixels it becomes."""
+            before, after = weight.shape[:dimension], weight.shape[dimension + 1 :]
+            patches = weight.reshape(*before, -1, self.config.patch, self.config.patch, *after)
+            patches = patches.repeat_interleave(2, dimension + 1).repeat_interleave(2, dimension + 2)
+            return patches.reshape(*before, -1, *after)
+
+        for name in ("latent_in.weight", "condition_in.weight"):
+            state[name] = spread(state[name], 1) / 4
+        for name in ("out.weight", "out.bias"):
+            state[name] = spread(state[name], 0)
+        fine.load_state_dict(state)
+        return fine

@@ -48,24 +48,40 @@ VERBS: tuple[Verb, ...] = (
         "squash and stretch",
         ("squashes and stretches", "is squashing and stretching", "squashes", "is stretching", "squash and stretch"),
     ),
-    Verb("spin", ("spins", "is spinning", "spins around", "spin")),
+    Verb("spin", ("spins", "is spinning", "spins around", "turns around", "spin")),
     Verb("shake", ("shakes", "is shaking", "shake")),
     Verb("sway", ("sways", "is swaying", "swings", "is swinging", "sway")),
     Verb("twist", ("twists", "is twisting", "twist")),
     Verb("bend left", ("bends left", "is bending to the left", "bends to the left", "bend left")),
     Verb("bend right", ("bends right", "is bending to the right", "bends to the right", "bend right")),
     Verb("pulse", ("pulses", "is pulsing", "pulse")),
+    Verb("attack", ("attacks", "is attacking", "attack", "bites", "strikes")),
+    Verb("die", ("dies", "is dying", "falls over", "collapses", "die")),
+    Verb("idle", ("idles", "breathes", "is waiting", "stands still", "is breathing", "idle")),
+    Verb("get hit", ("gets hit", "is hit", "recoils", "flinches", "get hit")),
+    Verb("punch", ("punches", "is punching", "boxes", "punch")),
+    Verb("kick", ("kicks", "is kicking", "kick")),
+    Verb("sit", ("sits", "sits down", "is sitting down", "sit down")),
+    Verb("eat", ("eats", "is eating", "grazes", "eat")),
+    Verb("roll", ("rolls", "is rolling", "tumbles", "roll")),
+    Verb("crouch", ("crouches", "is crouching", "ducks", "crouch")),
+    Verb("bow", ("bows", "is bowing", "takes a bow", "bow")),
+    Verb("shake the head", ("shakes the head", "is shaking its head", "shakes its head", "shake the head")),
+    Verb("turn", ("turns", "is turning", "turns to the side", "turn")),
+    Verb("clap", ("claps", "is clapping", "claps its hands", "clap")),
 )
 VERB_NAMES = tuple(verb.name for verb in VERBS)
 
 AMPLITUDES = {"slightly": 0.55, "": 1.0, "strongly": 1.5}  # word -> factor on the motion's size
 SPEEDS = {"slowly": 0.5, "": 1.0, "quickly": 1.6}  # word -> factor on the motion's frequency
+COUNTS = {"once": 1, "twice": 2}  # word -> how often a countable motion happens in 16 frames
+SIDES = {"left": 1, "right": -1}  # word -> side of a motion that has one; left where a sentence does not say
 
 # token -> base forms of the words that share it
 _VERB_WORDS = {
     "walk": "walk stroll march step stride wander tread go move pace strut trot hike amble stomp waddle crawl creep",
-    "run": "run ran gallop sprint dash jog race rush hurry chase canter charge flee",
-    "jump": "jump leap hop spring vault pounce",
+    "run": "run ran gallop sprint dash jog race rush hurry chase canter flee",
+    "jump": "jump leap hop spring vault",
     "fly": "fly flies flew flown soar glide hover",
     "swim": "swim swam swum slither undulate wriggle snake float paddle",
     "flap": "flap flutter",
@@ -77,12 +93,25 @@ _VERB_WORDS = {
     "bounce": "bounce bob",
     "squash": "squash squish squeeze squeez compress",
     "stretch": "stretch elongate",
-    "spin": "spin spun rotate turn whirl revolve twirl pirouette",
+    "spin": "spin spun rotate whirl revolve twirl pirouette",
     "shake": "shake shook tremble shiver vibrate rattle quiver wobble jitter",
     "sway": "sway swing swung rock",
     "twist": "twist wring contort",
-    "bend": "bend bent bow curve lean tilt",
-    "pulse": "pulse pulsate throb breathe inflate swell beat",
+    "bend": "bend bent curve lean tilt",
+    "pulse": "pulse pulsate throb inflate swell beat",
+    "attack": "attack bite strike struck lunge pounce charge maul",
+    "die": "die dying collapse faint perish fall fell topple",
+    "idle": "idle breathe wait stand stood rest relax",
+    "recoil": "hit recoil flinch stagger",
+    "punch": "punch box jab",
+    "kick": "kick",
+    "sit": "sit sat",
+    "eat": "eat ate graze feed munch nibble chew drink",
+    "roll": "roll tumble somersault",
+    "crouch": "crouch duck kneel squat cower",
+    "bow": "bow curtsy",
+    "turn": "turn face pivot",
+    "clap": "clap applaud",
 }
 _OTHER_WORDS = {
     "slightly": "slightly gently softly little bit subtly weakly calmly lightly",
@@ -95,6 +124,10 @@ _OTHER_WORDS = {
     "wings": "wing wings",
     "head": "head",
     "around": "around about",
+    "over": "over",
+    "still": "still",
+    "once": "once",
+    "twice": "twice",
 }
 _LEXICON = {word: token for table in (_VERB_WORDS, _OTHER_WORDS) for token, words in table.items() for word in words.split()}
 _VERB_TOKENS = frozenset(_VERB_WORDS)
@@ -105,7 +138,7 @@ VOCABULARY_SIZE = 1 + len(TOKENS) + HASH_BUCKETS
 _STOP_WORDS = frozenset(
     """
     a an the this that these those its it his her their my your our is are was were be been being am will would
-    to of on in at with and or then while as for from by into onto over up down very really quite so too please
+    to of on in at with and or then while as for from by into onto up down very really quite so too please
     make makes let lets i we you he she they them him me us there here do does doing start starts starting keep
     keeps begin begins beginning just some all both each spot place forward forwards backward backwards again
     hand hands arm arms leg legs foot feet body side sides ground air water one two hat animate animated
@@ -125,8 +158,8 @@ def _base_forms(word: str) -> list[str]:
     forms = [word]
     for suffix, replacement in (
         ("ies", "y"),
-        ("es", ""),
         ("s", ""),
+        ("es", ""),
         ("ing", ""),
         ("ing", "e"),
         ("ed", ""),

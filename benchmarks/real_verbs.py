@@ -1,0 +1,136 @@
+"""Does a real model, never trained on, do what the sentence says? The nearest of its own true clips decides.
+
+    python benchmarks/real_verbs.py [--weights FILE] [--samples 2]
+
+Every asset is animated from its rest pose by every verb that it has a clip of. A sample counts as the verb of the clip that
+is nearest to it: mean distance of the vertices from their own mean over time, at the best phase and speed of the clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ASSETS = HERE.parents[1] / "shared" / "assets"
+POSES = 24
+
+# asset: noun, {clip: verb}
+CASES = {
+    "fox": ("fox", {"Run": "run", "Walk": "walk", "Survey": "look around"}),
+    "gull": ("gull", {"Walk": "walk", "Idle": "idle", "Flap": "fly"}),
+    "robot_expressive": ("robot", {
+        "Yes": "nod", "Wave": "wave", "Walking": "walk", "Running": "run", "Sitting": "sit", "Punch": "punch",
+        "No": "shake the head", "Jump": "jump", "Idle": "idle", "Death": "die", "Dance": "dance",
+    }),
+    "shark": ("shark", {"Swim Horizontal": "swim", "Swim Vertical": "swim", "Idle": "idle", "Hit": "get hit", "Bite": "attack"}),
+    "spider": ("spider", {
+        "Walk": "walk", "Jump": "jump", "Idle": "idle", "Hit": "get hit", "Eating": "eat", "Death": "die", "Death 2": "die",
+        "Attack": "attack", "Bite": "attack",
+    }),
+}
+CYCLIC = ("walk", "run", "fly", "swim", "idle", "dance")
+
+
+def extract(asset: str, out: Path) -> None:
+    """Rest pose, clips and surface of one asset, canonical; needs bpy."""
+    import bpy
+    from clips import evaluated, load, mesh_objects, own_pose, play, set_pose, surface
+    from track4d_protocol import space
+
+    path = ASSETS / f"{asset}.glb"
+    state = own_pose(path)
+    load(path)
+    objects = mesh_objects()
+    moving = {}
+    for clip in CASES[asset][1]:
+        first, last = play(clip, state)
+        poses = []
+        for k in range(POSES):
+            moment = first + (last - first) * k / POSES
+            bpy.context.scene.frame_set(math.floor(moment), subframe=moment - math.floor(moment))
+            poses.append(evaluated(objects))
+        moving[clip] = np.stack(poses)
+    for item in [*bpy.data.objects, *bpy.data.shape_keys]:
+        if item.animation_data:
+            item.animation_data.action = None
+    set_pose(state)
+    rest = evaluated(objects)
+    similarity = space.canonical_similarity(rest, "-Y")
+    clips = np.stack([similarity.apply(poses) for poses in moving.values()])
+    np.savez(out, rest=similarity.apply(rest), clips=clips, **surface(objects))
+
+
+def distance(motion: np.ndarray, poses: np.ndarray, cyclic: bool) -> float:
+    """How far a motion [F, N, 3] is from a clip [P, N, 3] at its best phase and speed."""
+    motion = motion - motion.mean(0)
+    frames = np.arange(len(motion)) / len(motion)
+    found = []
+    for rate in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0) if cyclic else (0.6, 0.8, 1.0, 1.4, 2.0):
+        for start in np.arange(0, 1, 1 / 12) if cyclic else (0.0, 0.1):
+            phase = start + rate * frames
+            place = np.mod(phase, 1.0) if cyclic else np.minimum(phase, 1 - 1 / POSES)
+            chosen = poses[np.round(place * POSES).astype(int) % POSES]
+            found.append(float(np.linalg.norm(motion - (chosen - chosen.mean(0)), axis=-1).mean()))
+    return min(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--extract", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    arguments = parser.parse_args()
+    if arguments.extract:
+        extract(arguments.extract[0], Path(arguments.extract[1]))
+        return
+    import torch
+    from track4d.geometry import zbuffer
+    from track4d.geometry.mesh import Mesh
+    from track4d.training.objects import light
+    from track4d.video.generator import MotionGenerator
+    from track4d.video.text import VERBS
+    from track4d_protocol import space
+
+    phrases = {verb.name: verb.phrases[0] for verb in VERBS}
+    torch.set_num_threads(1)
+    generator = MotionGenerator.load(arguments.weights)
+    viewmats, size = space.orbit_viewmats(), 128
+    Ks = space.intrinsics(size, 4)
+    prompts = right = 0
+    print("| asset | verb | recognised as | right |")
+    print("|---|---|---|---:|")
+    with tempfile.TemporaryDirectory() as folder:
+        for asset in arguments.only:
+            noun, clips = CASES[asset]
+            file = Path(folder) / f"{asset}.npz"
+            subprocess.run([sys.executable, __file__, "--extract", asset, str(file)], check=True, capture_output=True)
+            data = np.load(file)
+            mesh = Mesh(data["rest"], data["faces"], data["uvs"], data["materials"], list(data["textures"]))
+            shading = light(mesh.vertices, mesh.faces, np.random.default_rng(0)).repeat(3, 1).astype(np.float32)
+            rgba = zbuffer.render(mesh, mesh.vertices[None], viewmats, Ks, size, shading=shading)[0]
+            views = (zbuffer.straight(rgba).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+            for verb in dict.fromkeys(clips.values()):
+                answers = []
+                for seed in range(arguments.samples):
+                    prompt = f"the {noun} {phrases[verb]}"
+                    motion = generator.generate(mesh, views, viewmats, Ks, prompt, steps=arguments.steps, seed=seed)
+                    gaps = {clip: distance(motion.tracks, data["clips"][k], name in CYCLIC)
+                            for k, (clip, name) in enumerate(clips.items())}
+                    answers.append(clips[min(gaps, key=gaps.__getitem__)])
+                hits = sum(answer == verb for answer in answers)
+                prompts, right = prompts + len(answers), right + hits
+                print(f"| {asset} | {verb} | {', '.join(answers)} | {hits}/{len(answers)} |", flush=True)
+    print(f"recognised: {right} of {prompts} = {right / prompts:.0%}")
+
+
+if __name__ == "__main__":
+    main()
