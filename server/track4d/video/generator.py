@@ -213,7 +213,8 @@ def encode_tracks(tracks: torch.Tensor, seen_by: scipy.sparse.csr_array, views: 
     basis = temporal_basis(frame_times(BASIS_FRAMES)).to(tracks)  # [16, K]
     coefficients = torch.einsum("fk,fnc->nkc", basis, tracks - tracks[:1]).flatten(1)  # [N, 3 K]
     entries = seen_by.tocoo()
-    rows = torch.sparse_coo_tensor(np.stack(entries.coords), entries.data, entries.shape, dtype=tracks.dtype, check_invariants=False)
+    places = np.stack(entries.coords)
+    rows = torch.sparse_coo_tensor(places, entries.data, entries.shape, dtype=tracks.dtype, check_invariants=False)
     maps = torch.sparse.mm(rows, coefficients) * LATENT_SCALE  # [V R R, 3 K]
     size = math.isqrt(len(maps) // views)
     return maps.view(1, views, size, size, -1).permute(0, 1, 4, 2, 3)
