@@ -18,10 +18,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 from track4d_protocol.errors import Track4DError, TransportError, error_from_dict
 
+from .commands.dataset import dataset_render
+from .commands.track import track
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Animate your own mesh from a sentence.")
 train_app = typer.Typer(no_args_is_help=True, help="Train the models that ship.")
 app.add_typer(train_app, name="train")
+app.command()(track)
+dataset_app = typer.Typer(no_args_is_help=True, help="Make training data.")
+dataset_app.command("render")(dataset_render)
+app.add_typer(dataset_app, name="dataset")
 console = Console(stderr=True, highlight=False)
 
 Outputs = Annotated[list[Path], typer.Option("-o", "--out", help="File to write (.glb .blend .fbx .usdc .abc); may be repeated.")]

@@ -45,19 +45,20 @@ class Entry:
     info: dict
 
 
-def write_shard(path: Path, clips: list[tuple[str, Clip]]) -> None:
-    """Writes clips under their keys; the file is there completely or not at all."""
+def write_shard(path: Path, clips: list[tuple[str, dict[str, bytes]]]) -> None:
+    """Writes clips from `encode` under their keys; the file is there completely or not at all."""
     temporary = path.with_name(path.name + ".new")
     with tarfile.open(temporary, "w") as tar:
-        for key, clip in clips:
-            for suffix, data in _encode(clip).items():
+        for key, files in clips:
+            for suffix, data in files.items():
                 item = tarfile.TarInfo(f"{key}.{suffix}")
                 item.size = len(data)
                 tar.addfile(item, io.BytesIO(data))
     os.replace(temporary, path)
 
 
-def _encode(clip: Clip) -> dict[str, bytes]:
+def encode(clip: Clip) -> dict[str, bytes]:
+    """The files of a clip by their suffix."""
     files = {"json": json.dumps({"caption": clip.caption} | clip.info, indent=1).encode()}
     with io.BytesIO() as stream:
         np.savez_compressed(stream, **{name: getattr(clip, name) for name in _ARRAYS})

@@ -350,8 +350,10 @@ def draw_clip(
     fragments = zbuffer.rasterise(vertices, mesh.faces, viewmats, Ks, shape.size)
     surface = None
     if shape.surface:
-        places = zbuffer.interpolate(fragments, mesh.faces, vertices[0]).astype(np.float16)
-        surface = places.reshape(len(vertices), len(viewmats), shape.size, shape.size, 3).swapaxes(0, 1)
+        places = np.zeros((*fragments.faces.shape, 3), np.float32)
+        _places(fragments.faces, fragments.weights, mesh.faces, np.ascontiguousarray(vertices[0], np.float32), places)
+        places = places.reshape(len(vertices), len(viewmats), shape.size, shape.size, 3)
+        surface = np.ascontiguousarray(places.swapaxes(0, 1), np.float16)
     tracks, visibility, mask = exact_tracks(mesh.faces, vertices, viewmats, Ks, fragments)
     return Clip(video, caption, viewmats, Ks, tracks, visibility, mask, surface, info)
 
@@ -369,6 +371,21 @@ def _straight_bytes(rgba, video):
                     for c in range(3):
                         video[v, f, y, x, c] = np.uint8(min(rgba[f, v, y, x, c] * scale, np.float32(255)) + half)
                     video[v, f, y, x, 3] = np.uint8(alpha * np.float32(255) + half)
+
+
+@njit(cache=True, error_model="numpy")
+def _places(faces, weights, triangles, rest, places):
+    """What `zbuffer.interpolate` gives for three values, without its temporary arrays."""
+    for b in range(faces.shape[0]):
+        for y in range(faces.shape[1]):
+            for x in range(faces.shape[2]):
+                t = faces[b, y, x]
+                if t < 0:
+                    continue
+                w1, w2 = weights[b, y, x, 0], weights[b, y, x, 1]
+                i, j, k = triangles[t, 0], triangles[t, 1], triangles[t, 2]
+                for c in range(3):
+                    places[b, y, x, c] = (1 - w1 - w2) * rest[i, c] + w1 * rest[j, c] + w2 * rest[k, c]
 
 
 # Exact tracks
