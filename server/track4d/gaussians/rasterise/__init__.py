@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dense import limit_opacities
 from .gsplat_backend import rasterise_gsplat
 from .numba_backend import rasterise_numba
 
-__all__ = ["rasterise"]
+__all__ = ["rasterise", "rasterise_depth"]
 
 
 def rasterise(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
@@ -24,8 +25,8 @@ def rasterise(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, c
         means: [F, N, 3] centres.
         quats: [F, N, 4] orientations wxyz, of any length but zero.
         scales: [N, 3] or [F, N, 3] standard deviations along the Gaussian's own axes.
-        opacities: [N] in 0..1.
-        colors: [N, 3] or [F, N, 3] sRGB.
+        opacities: [N] in 0..1; those above 0.99 are drawn as 0.99, with the gradient of a picture that isn't limited.
+        colors: [N, 3], [F, N, 3] or [F, V, N, 3] sRGB.
         viewmats: [V, 4, 4] world-to-camera, OpenCV axes.
         Ks: [V, 3, 3] in pixels of a picture of this size.
         size: width and height in pixels.
@@ -37,13 +38,28 @@ def rasterise(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, c
     Raises:
         ServerError: CUDA tensors without a GPU or without gsplat.
     """
-    frames, gaussians = means.shape[:2]
+    frames, gaussians, views = *means.shape[:2], len(viewmats)
     assert means.shape == (frames, gaussians, 3) and quats.shape == (frames, gaussians, 4), (means.shape, quats.shape)
     assert opacities.shape == (gaussians,), opacities.shape
     background = torch.as_tensor(background, dtype=torch.float32, device=means.device).expand(3)  # [3]
-    scales, colors = (x if x.ndim == 3 else x[None] for x in (scales, colors))  # [F or 1, N, 3]
+    scales = scales if scales.ndim == 3 else scales[None]  # [F or 1, N, 3]
+    colors = colors if colors.ndim == 4 else colors[None, None] if colors.ndim == 2 else colors[:, None]  # [F or 1, V or 1, N, 3]
     assert scales.shape in {(1, gaussians, 3), (frames, gaussians, 3)}, scales.shape
-    assert colors.shape in {(1, gaussians, 3), (frames, gaussians, 3)}, colors.shape
+    assert colors.shape in {(1, 1, gaussians, 3), (frames, 1, gaussians, 3), (frames, views, gaussians, 3)}, colors.shape
     draw = rasterise_gsplat if means.is_cuda else rasterise_numba
-    return draw(means.float(), quats.float(), scales.float(), opacities.float(), colors.float(), viewmats.float(),
-                Ks.float(), size, background)
+    return draw(means.float(), quats.float(), scales.float(), limit_opacities(opacities.float()), colors.float(),
+                viewmats.float(), Ks.float(), size, background)
+
+
+def rasterise_depth(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor,
+                    size: int) -> tuple[Tensor, Tensor]:
+    """Expected depth: the mean of the Gaussians' depths at each pixel, weighted like their colours; arguments as in `rasterise`.
+
+    It is drawn as a colour, so gradients flow to everything that `rasterise` differentiates.
+
+    Returns:
+        depth [F, V, size, size], distance from the camera's plane, 0 where nothing is drawn; and alpha [F, V, size, size].
+    """
+    depths = torch.einsum("vi,fni->fvn", viewmats[:, 2, :3], means) + viewmats[:, 2, 3, None]  # [F, V, N]
+    rgb, alpha = rasterise(means, quats, scales, opacities, depths[..., None].expand(-1, -1, -1, 3), viewmats, Ks, size, 0.0)
+    return rgb[..., 0] / torch.where(alpha > 0, alpha, 1), alpha

@@ -16,12 +16,19 @@ def rasterise_dense(means: Tensor, quats: Tensor, scales: Tensor, opacities: Ten
     """`rasterise` in the dtype of `means`, for tests."""
     frames, gaussians = means.shape[:2]
     scales = scales.expand(frames, gaussians, 3)  # [F, N, 3]
-    colors = colors.expand(frames, gaussians, 3)  # [F, N, 3]
-    pictures = [[_picture(means[f], quats[f], scales[f], opacities, colors[f], viewmat, K, size, background)
-                 for viewmat, K in zip(viewmats, Ks)] for f in range(frames)]
+    opacities = limit_opacities(opacities)  # [N]
+    colors = colors if colors.ndim == 4 else colors.expand(frames, gaussians, 3)[:, None]  # [F, V or 1, N, 3]
+    colors = colors.expand(frames, len(viewmats), gaussians, 3)  # [F, V, N, 3]
+    pictures = [[_picture(means[f], quats[f], scales[f], opacities, colors[f, v], viewmat, K, size, background)
+                 for v, (viewmat, K) in enumerate(zip(viewmats, Ks))] for f in range(frames)]
     image = torch.stack([torch.stack([rgb for rgb, _ in views]) for views in pictures])  # [F, V, H, W, 3]
     alpha = torch.stack([torch.stack([a for _, a in views]) for views in pictures])  # [F, V, H, W]
     return image, alpha
+
+
+def limit_opacities(opacities: Tensor) -> Tensor:
+    """Opacities with those above ALPHA_MAX set to it; the gradient passes as if they weren't, so that they can come back."""
+    return opacities - (opacities.detach() - ALPHA_MAX).clamp(min=0)
 
 
 def rotation_matrices(quats: Tensor) -> Tensor:
@@ -60,7 +67,7 @@ def _picture(means, quats, scales, opacities, colors, viewmat, K, size, backgrou
     pixels = torch.stack(torch.meshgrid(across, across, indexing="xy"), -1).reshape(-1, 1, 2)  # [H W, 1, 2]
     dx, dy = (pixels - centres).unbind(-1)  # [H W, N]
     exponent = -0.5 * (conics[:, 0] * dx * dx + conics[:, 2] * dy * dy) - conics[:, 1] * dx * dy
-    alpha = (opacities * torch.exp(exponent)).clamp(max=ALPHA_MAX)  # [H W, N]
+    alpha = opacities * torch.exp(exponent)  # [H W, N]
     alpha = torch.where(alpha >= ALPHA_CUT, alpha, 0)
     stopped = torch.cumprod(1 - alpha.detach(), 1) <= TRANSMITTANCE_STOP  # once true, true for all that lies behind
     alpha = torch.where(stopped, 0, alpha)

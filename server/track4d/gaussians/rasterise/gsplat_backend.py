@@ -13,8 +13,7 @@ def rasterise_gsplat(means: Tensor, quats: Tensor, scales: Tensor, opacities: Te
                      Ks: Tensor, size: int, background: Tensor) -> tuple[Tensor, Tensor]:
     """`rasterise` for CUDA tensors, all frames and views in one call; gsplat is imported here and nowhere else.
 
-    gsplat 1.5.3 clamps alpha at 0.999 where `constants.ALPHA_MAX` is 0.99: the middle of a fully opaque Gaussian
-    differs by up to 0.009 times its colour's distance from what lies behind.
+    Scales are [F or 1, N, 3] and colors [F or 1, V or 1, N, 3] here, and no opacity exceeds `constants.ALPHA_MAX`.
 
     Raises:
         ServerError: gsplat isn't installed, or it has no compiled kernels for this machine.
@@ -33,7 +32,7 @@ def rasterise_gsplat(means: Tensor, quats: Tensor, scales: Tensor, opacities: Te
     views = len(viewmats)
     rgb, alpha, _ = rasterization(
         means, quats, scales.expand(frames, gaussians, 3), opacities.expand(frames, gaussians),
-        colors.expand(frames, gaussians, 3), viewmats.expand(frames, views, 4, 4), Ks.expand(frames, views, 3, 3),
+        colors.expand(frames, views, gaussians, 3), viewmats.expand(frames, views, 4, 4), Ks.expand(frames, views, 3, 3),
         size, size, near_plane=NEAR, eps2d=EPS2D, packed=False, backgrounds=background.expand(frames, views, 3),
         rasterize_mode="classic",
     )  # [F, V, H, W, 3], [F, V, H, W, 1]

@@ -14,7 +14,7 @@ from .constants import ALPHA_CUT
 
 def rasterise_numba(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
                     Ks: Tensor, size: int, background: Tensor) -> tuple[Tensor, Tensor]:
-    """`rasterise` for float32 CPU tensors; scales and colors are [F or 1, N, 3] here."""
+    """`rasterise` for float32 CPU tensors; scales are [F or 1, N, 3] and colors [F or 1, V or 1, N, 3] here."""
     return _Rasterise.apply(means, quats, scales, opacities, colors, viewmats, Ks, size, background)
 
 
@@ -28,47 +28,35 @@ class _Rasterise(torch.autograd.Function):
     def forward(ctx, means, quats, scales, opacities, colors, viewmats, Ks, size, background):
         frames, gaussians = means.shape[:2]
         views = len(viewmats)
-        pictures = frames * views
-        log_opacities = opacities.clamp(min=1e-6).log()  # [N], finite
-        screen = np.empty((pictures, gaussians, 2), np.float32)
-        conics = np.empty((pictures, gaussians, 3), np.float32)
-        depths = np.empty((pictures, gaussians, 1), np.float32)
-        splats = np.empty((pictures, gaussians), blending.SPLAT)
-        counts = np.empty(pictures, np.int32)
+        log_opacities = opacities.clamp(min=1e-6).log()[:, None]  # [N, 1], finite
+        splats = np.empty((frames * views, gaussians), blending.SPLAT)
+        counts = np.empty(frames * views, np.int32)
         image = torch.empty((frames, views, size, size, 3))  # [F, V, H, W, 3]
         coverage = torch.empty((frames, views, size, size))  # [F, V, H, W]
         with KERNEL_LOCK:
-            projection.project(_array(means), _array(quats), _array(scales), _array(viewmats), _array(Ks),
-                               np.float32(size), screen, conics, depths)
-            blending.draw(screen, conics, depths, _array(log_opacities), _array(colors), _array(background),
-                          splats, counts, _pictures(image), _pictures(coverage))
+            blending.draw(_array(means), _array(quats), _array(scales), _array(log_opacities), _array(colors), _array(viewmats),
+                          _array(Ks), _array(background), splats, counts, _pictures(image), _pictures(coverage))
         ctx.save_for_backward(means, quats, scales, opacities, viewmats, Ks, image, coverage,
                               torch.from_numpy(splats.view(np.float32)), torch.from_numpy(counts))
-        ctx.shared_colors = len(colors) == 1
+        ctx.colors_shape = colors.shape
         return image, coverage
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_image, d_coverage):
         means, quats, scales, opacities, viewmats, Ks, image, coverage, splats, counts = ctx.saved_tensors
-        frames, gaussians = means.shape[:2]
-        pictures, size = len(counts), image.shape[2]
-        d_screen = np.empty((pictures, gaussians, projection.SCREEN_GRADIENTS), np.float32)
-        d_means, d_scales, d_colors = (torch.empty((frames, gaussians, 3)) for _ in range(3))  # [F, N, 3]
-        d_quats = torch.empty((frames, gaussians, 4))  # [F, N, 4]
-        d_log_opacities = torch.empty((frames, gaussians, 1))  # [F, N, 1]
+        gaussians = len(opacities)
+        d_screen = np.empty((len(counts), gaussians, projection.SCREEN_GRADIENTS), np.float32)
+        d_means, d_quats = (torch.empty(x.shape) for x in (means, quats))  # [F, N, 3], [F, N, 4]
+        d_scales, d_log_opacities, d_colors = (torch.zeros(shape) for shape in (scales.shape, opacities.shape, ctx.colors_shape))
         with KERNEL_LOCK:
             blending.draw_backward(_array(splats).view(blending.SPLAT), _array(counts), _pictures(image),
                                    _pictures(coverage), _pictures(d_image), _pictures(d_coverage), d_screen)
             projection.project_backward(_array(means), _array(quats), _array(scales), _array(viewmats), _array(Ks),
-                                        np.float32(size), d_screen, _array(d_means), _array(d_quats), _array(d_scales),
-                                        _array(d_colors), _array(d_log_opacities))
-        if len(scales) == 1:
-            d_scales = d_scales.sum(0, keepdim=True)  # [1, N, 3]
-        if ctx.shared_colors:
-            d_colors = d_colors.sum(0, keepdim=True)  # [1, N, 3]
+                                        np.float32(image.shape[2]), d_screen, d_means.numpy(), d_quats.numpy(),
+                                        d_scales.numpy(), d_colors.numpy(), d_log_opacities.numpy())
         # no opacity below ALPHA_CUT is drawn, so the clamp only keeps 0 / 0 away
-        d_opacities = d_log_opacities.sum(0)[:, 0] / opacities.clamp(min=ALPHA_CUT)  # [N]
+        d_opacities = d_log_opacities / opacities.clamp(min=ALPHA_CUT)  # [N]
         return d_means, d_quats, d_scales, d_opacities, d_colors, None, None, None, None
 
 
@@ -78,5 +66,5 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _pictures(tensor: Tensor) -> np.ndarray:
-    """The array behind [F, V, H, W, ...] as [B, H, W, ...]."""
+    """The array behind [F, V, H, W, ...] as [F V, H, W, ...]."""
     return _array(tensor.flatten(0, 1))

@@ -16,15 +16,17 @@ vector code without alias checks or wrap-around of negative indices.
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from .constants import CLAMP_MARGIN, EPS2D, NEAR
+from .constants import ALPHA_CUT, CLAMP_MARGIN, EPS2D, NEAR
+from .kernels import helper, kernel, parallel_kernel
+from .lanes import LANES
 
-LANES = 16
-BLOCKS_PER_TASK = 64  # enough work for a thread to be worth its start
+BLOCKS_PER_TASK = 16  # enough work for a thread to be worth its start
 
 _ZERO, _HALF, _ONE, _TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
 _NEAR, _EPS2D = np.float32(NEAR), np.float32(EPS2D)
+_LOG_CUT = np.float32(math.log(ALPHA_CUT))
 _TINY, _TINY_DETERMINANT = np.float32(1e-30), np.float32(1e-10)
 
 
@@ -37,24 +39,21 @@ def _fields(first: int, count: int) -> list[np.uint64]:
 MEAN_X, MEAN_Y, MEAN_Z = _fields(0, 3)
 QUAT_W, QUAT_X, QUAT_Y, QUAT_Z = _fields(3, 4)
 SCALE_X, SCALE_Y, SCALE_Z = _fields(7, 3)
-COV_XX, COV_XY, COV_XZ, COV_YY, COV_YZ, COV_ZZ = _fields(10, 6)
-SCREEN_X, SCREEN_Y, CONIC_A, CONIC_B, CONIC_C, DEPTH = _fields(16, 6)
-D_COV_XX, D_COV_XY, D_COV_XZ, D_COV_YY, D_COV_YZ, D_COV_ZZ = _fields(22, 6)
-D_MEAN_X, D_MEAN_Y, D_MEAN_Z = _fields(28, 3)
-D_COLOR_R, D_COLOR_G, D_COLOR_B, D_OPACITY = _fields(31, 4)
-D_SCALE_X, D_SCALE_Y, D_SCALE_Z = _fields(35, 3)
-D_QUAT_W, D_QUAT_X, D_QUAT_Y, D_QUAT_Z = _fields(38, 4)
-BLOCK_SIZE = 42 * LANES
+(LOG_OPACITY,) = _fields(10, 1)
+COV_XX, COV_XY, COV_XZ, COV_YY, COV_YZ, COV_ZZ = _fields(11, 6)
+SCREEN_X, SCREEN_Y, CONIC_A, CONIC_B, CONIC_C, DEPTH = _fields(17, 6)
+LEFT, RIGHT, TOP, BOTTOM = _fields(23, 4)
+D_COV_XX, D_COV_XY, D_COV_XZ, D_COV_YY, D_COV_YZ, D_COV_ZZ = _fields(27, 6)
+D_MEAN_X, D_MEAN_Y, D_MEAN_Z = _fields(33, 3)
+D_SCALE_X, D_SCALE_Y, D_SCALE_Z = _fields(36, 3)
+D_QUAT_W, D_QUAT_X, D_QUAT_Y, D_QUAT_Z = _fields(39, 4)
+BLOCK_SIZE = 43 * LANES
 SUMS_START, SUMS_STOP = int(D_COV_XX), int(D_SCALE_X)  # the gradients that add up over the views
 
 SCREEN_GRADIENTS = 9  # columns that the blend hands back: screen x, y; conic a, b, c; red, green, blue; opacity
 
-_helper = njit(fastmath=True, error_model="numpy", inline="always")
-_kernel = njit(fastmath=True, error_model="numpy", cache=True)
-_parallel_kernel = njit(parallel=True, fastmath=True, error_model="numpy", cache=True, nogil=True)
 
-
-@_helper
+@helper
 def _unit_quaternion(block, i):
     """The quaternion of one lane over its length, and one over that length."""
     w, x, y, z = block[QUAT_W + i], block[QUAT_X + i], block[QUAT_Y + i], block[QUAT_Z + i]
@@ -62,7 +61,7 @@ def _unit_quaternion(block, i):
     return w * inverse, x * inverse, y * inverse, z * inverse, inverse
 
 
-@_helper
+@helper
 def _rotation(w, x, y, z):
     """Rows of the rotation matrix of a unit quaternion."""
     return (_ONE - _TWO * (y * y + z * z), _TWO * (x * y - w * z), _TWO * (x * z + w * y),
@@ -70,7 +69,7 @@ def _rotation(w, x, y, z):
             _TWO * (x * z - w * y), _TWO * (y * z + w * x), _ONE - _TWO * (x * x + y * y))
 
 
-@_kernel
+@kernel
 def covariances(block):
     """COV = M M^T, M = R(q) diag(s), for 16 Gaussians."""
     for lane in range(LANES):
@@ -89,7 +88,7 @@ def covariances(block):
         block[COV_ZZ + i] = m20 * m20 + m21 * m21 + m22 * m22
 
 
-@_helper
+@helper
 def _load_camera(viewmat, K, size):
     """Rotation, translation, intrinsics, and the limits of x / z and y / z, as scalars."""
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
@@ -100,7 +99,7 @@ def _load_camera(viewmat, K, size):
             -cx / fx - margin_x, (size - cx) / fx + margin_x, -cy / fy - margin_y, (size - cy) / fy + margin_y)
 
 
-@_helper
+@helper
 def _camera_point(block, i, w00, w01, w02, w10, w11, w12, w20, w21, w22, tx, ty, tz):
     """One mean in camera space: x / z, y / z, z and 1 / z; the 1 / z is finite for Gaussians that aren't drawn."""
     mx, my, mz = block[MEAN_X + i], block[MEAN_Y + i], block[MEAN_Z + i]
@@ -111,7 +110,7 @@ def _camera_point(block, i, w00, w01, w02, w10, w11, w12, w20, w21, w22, tx, ty,
     return x * inverse, y * inverse, z, inverse
 
 
-@_helper
+@helper
 def _times_covariance(block, i, x, y, z):
     """S (x, y, z) for the covariance S of one lane."""
     xx, xy, xz = block[COV_XX + i], block[COV_XY + i], block[COV_XZ + i]
@@ -119,19 +118,35 @@ def _times_covariance(block, i, x, y, z):
     return xx * x + xy * y + xz * z, xy * x + yy * y + yz * z, xz * x + yz * y + zz * z
 
 
-@_helper
+@helper
 def _conic(t00, t01, t02, t10, t11, t12, u00, u01, u02, u10, u11, u12):
-    """The inverse of C = T U^T + EPS2D I, for U = T S: its entries a, b, c."""
+    """The inverse of C = T U^T + EPS2D I, for U = T S: its entries a, b, c; and the entries xx, yy of C."""
     xx = t00 * u00 + t01 * u01 + t02 * u02 + _EPS2D
     xy = t00 * u10 + t01 * u11 + t02 * u12
     yy = t10 * u10 + t11 * u11 + t12 * u12 + _EPS2D
     inverse = _ONE / max(xx * yy - xy * xy, _TINY_DETERMINANT)
-    return yy * inverse, -xy * inverse, xx * inverse
+    return yy * inverse, -xy * inverse, xx * inverse, xx, yy
 
 
-@_kernel
+@helper
+def _round_down(x):
+    """The whole number not above x >= 0, as a float."""
+    return np.float32(np.int32(x))
+
+
+@helper
+def _round_up(x):
+    """The whole number not below x >= 0, as a float."""
+    down = np.float32(np.int32(x))
+    return down + _ONE if x > down else down
+
+
+@kernel
 def project_block(block, viewmat, K, size):
-    """SCREEN, CONIC and DEPTH of 16 Gaussians in one view."""
+    """SCREEN, CONIC and DEPTH of 16 Gaussians in one view, and the box of pixels where alpha >= ALPHA_CUT.
+
+    The box is LEFT <= x < RIGHT, TOP <= y < BOTTOM in whole pixels; RIGHT is 0 for a Gaussian that can't be seen.
+    """
     (w00, w01, w02, w10, w11, w12, w20, w21, w22, tx, ty, tz, fx, fy, cx, cy,
      left, right, top, bottom) = _load_camera(viewmat, K, size)
     for lane in range(LANES):
@@ -143,16 +158,24 @@ def project_block(block, viewmat, K, size):
         t10, t11, t12 = ay * (w10 - v * w20), ay * (w11 - v * w21), ay * (w12 - v * w22)
         u00, u01, u02 = _times_covariance(block, i, t00, t01, t02)
         u10, u11, u12 = _times_covariance(block, i, t10, t11, t12)
-        a, b, c = _conic(t00, t01, t02, t10, t11, t12, u00, u01, u02, u10, u11, u12)
-        block[SCREEN_X + i] = fx * x + cx
-        block[SCREEN_Y + i] = fy * y + cy
+        a, b, c, xx, yy = _conic(t00, t01, t02, t10, t11, t12, u00, u01, u02, u10, u11, u12)
+        spread = _TWO * max(block[LOG_OPACITY + i] - _LOG_CUT, _ZERO)
+        half_width, half_height = np.float32(math.sqrt(spread * xx)), np.float32(math.sqrt(spread * yy))
+        x, y = fx * x + cx, fy * y + cy
+        seen = (z > _NEAR) & (block[LOG_OPACITY + i] >= _LOG_CUT) & (a * c - b * b > _ZERO)
+        block[LEFT + i] = _round_up(min(max(x - half_width - _HALF, _ZERO), size))
+        block[RIGHT + i] = _round_down(min(max(x + half_width + _HALF, _ZERO), size)) if seen else _ZERO
+        block[TOP + i] = _round_up(min(max(y - half_height - _HALF, _ZERO), size))
+        block[BOTTOM + i] = _round_down(min(max(y + half_height + _HALF, _ZERO), size))
+        block[SCREEN_X + i] = x
+        block[SCREEN_Y + i] = y
         block[CONIC_A + i] = a
         block[CONIC_B + i] = b
         block[CONIC_C + i] = c
         block[DEPTH + i] = z
 
 
-@_kernel
+@kernel
 def project_block_backward(block, viewmat, K, size):
     """Adds one view's share to D_MEAN and D_COV, from the gradients held in SCREEN and CONIC.
 
@@ -170,7 +193,7 @@ def project_block_backward(block, viewmat, K, size):
         t10, t11, t12 = ay * (w10 - v * w20), ay * (w11 - v * w21), ay * (w12 - v * w22)
         u00, u01, u02 = _times_covariance(block, i, t00, t01, t02)
         u10, u11, u12 = _times_covariance(block, i, t10, t11, t12)
-        a, b, c = _conic(t00, t01, t02, t10, t11, t12, u00, u01, u02, u10, u11, u12)
+        a, b, c, _, _ = _conic(t00, t01, t02, t10, t11, t12, u00, u01, u02, u10, u11, u12)
 
         # P = -C^-1 G C^-1 = [[p_xx, p_xy / 2], [p_xy / 2, p_yy]]
         g_a, g_b, g_c = block[CONIC_A + i], _HALF * block[CONIC_B + i], block[CONIC_C + i]
@@ -203,7 +226,7 @@ def project_block_backward(block, viewmat, K, size):
         block[D_MEAN_Z + i] += w02 * d_x + w12 * d_y + w22 * d_z
 
 
-@_kernel
+@kernel
 def covariances_backward(block):
     """D_SCALE and D_QUAT from D_COV: the gradient of M is 2 D_COV M."""
     for lane in range(LANES):
@@ -237,27 +260,17 @@ def covariances_backward(block):
         block[D_QUAT_Z + i] = (d_z - along * z) * inverse
 
 
-@_helper
-def _load(block, field, values, first, column, columns):
+@helper
+def _load(block, field, values, first, columns):
     """16 rows of `values` [N, C] from `first` on into fields from `field` on; past the end the last row is repeated."""
     last = np.uint64(values.shape[0] - 1)
     for lane in range(LANES):
         row = min(np.uint64(first) + np.uint64(lane), last)
         for k in range(columns):
-            block[field + np.uint64(LANES * k + lane)] = values[row, np.uint64(column + k)]
+            block[field + np.uint64(LANES * k + lane)] = values[row, np.uint64(k)]
 
 
-@_helper
-def _add(block, field, values, first, column, columns):
-    """Like `_load`, but adds."""
-    last = np.uint64(values.shape[0] - 1)
-    for lane in range(LANES):
-        row = min(np.uint64(first) + np.uint64(lane), last)
-        for k in range(columns):
-            block[field + np.uint64(LANES * k + lane)] += values[row, np.uint64(column + k)]
-
-
-@_helper
+@helper
 def _store(block, field, values, first, count, columns):
     """The first `count` lanes of fields from `field` on into rows of `values` [N, C]."""
     for lane in range(count):
@@ -266,78 +279,60 @@ def _store(block, field, values, first, count, columns):
             values[row, np.uint64(k)] = block[field + np.uint64(LANES * k + lane)]
 
 
-@_kernel
-def _load_gaussians(block, means, quats, scales, first):
-    _load(block, MEAN_X, means, first, 0, 3)
-    _load(block, QUAT_W, quats, first, 0, 4)
-    _load(block, SCALE_X, scales, first, 0, 3)
+@kernel
+def load_gaussians(block, means, quats, scales, first):
+    """Fills a block with the Gaussians from row `first` of [N, 3], [N, 4] and [N, 3] on, and with their covariances."""
+    _load(block, MEAN_X, means, first, 3)
+    _load(block, QUAT_W, quats, first, 4)
+    _load(block, SCALE_X, scales, first, 3)
+    covariances(block)
 
 
-@_parallel_kernel
-def project(means, quats, scales, viewmats, Ks, size, screen, conics, depths):
-    """Ellipses of all Gaussians in all pictures.
+@kernel
+def load_opacities(block, log_opacities, first):
+    """Adds logarithms of opacities [N, 1] to a block."""
+    _load(block, LOG_OPACITY, log_opacities, first, 1)
+
+
+@parallel_kernel
+def project_backward(means, quats, scales, viewmats, Ks, size, d_screen, d_means, d_quats, d_scales, d_colors,
+                     d_opacities):
+    """Gradients of the Gaussians from those on the screen, summed over the pictures that share them.
 
     Args:
         means: [F, N, 3]; quats: [F, N, 4]; scales: [F or 1, N, 3].
         viewmats: [V, 4, 4]; Ks: [V, 3, 3]; size: float32, in pixels.
-        screen: [F * V, N, 2] out, pixels; conics: [F * V, N, 3] out; depths: [F * V, N, 1] out.
-    """
-    frames, gaussians, _ = means.shape
-    views = viewmats.shape[0]
-    blocks = (gaussians + LANES - 1) // LANES
-    tasks = (blocks + BLOCKS_PER_TASK - 1) // BLOCKS_PER_TASK
-    for task in prange(frames * tasks):
-        f = task // tasks
-        first_block = (task % tasks) * BLOCKS_PER_TASK
-        frame_scales = scales[min(f, scales.shape[0] - 1)]
-        block = np.empty(BLOCK_SIZE, np.float32)
-        for k in range(first_block, min(blocks, first_block + BLOCKS_PER_TASK)):
-            first = k * LANES
-            count = min(LANES, gaussians - first)
-            _load_gaussians(block, means[f], quats[f], frame_scales, first)
-            covariances(block)
-            for v in range(views):
-                project_block(block, viewmats[v], Ks[v], size)
-                b = f * views + v
-                _store(block, SCREEN_X, screen[b], first, count, 2)
-                _store(block, CONIC_A, conics[b], first, count, 3)
-                _store(block, DEPTH, depths[b], first, count, 1)
-
-
-@_parallel_kernel
-def project_backward(means, quats, scales, viewmats, Ks, size, d_screen, d_means, d_quats, d_scales, d_colors,
-                     d_opacities):
-    """Gradients per frame from those on the screen; the views are summed here.
-
-    Args:
         d_screen: [F * V, N, 9], see `SCREEN_GRADIENTS`.
-        d_means, d_scales, d_colors: [F, N, 3] out; d_quats: [F, N, 4] out; d_opacities: [F, N, 1] out, of what the
-            last column of `d_screen` is the gradient of.
+        d_means: [F, N, 3] out; d_quats: [F, N, 4] out.
+        d_scales: [F or 1, N, 3] in and out, added to; d_colors: [F or 1, V or 1, N, 3] likewise; d_opacities: [N] likewise, of
+            what the last column of `d_screen` is the gradient of.
     """
     frames, gaussians, _ = means.shape
     views = viewmats.shape[0]
     blocks = (gaussians + LANES - 1) // LANES
-    tasks = (blocks + BLOCKS_PER_TASK - 1) // BLOCKS_PER_TASK
-    for task in prange(frames * tasks):
-        f = task // tasks
-        first_block = (task % tasks) * BLOCKS_PER_TASK
-        frame_scales = scales[min(f, scales.shape[0] - 1)]
+    for task in prange((blocks + BLOCKS_PER_TASK - 1) // BLOCKS_PER_TASK):
         block = np.empty(BLOCK_SIZE, np.float32)
-        for k in range(first_block, min(blocks, first_block + BLOCKS_PER_TASK)):
+        for k in range(task * BLOCKS_PER_TASK, min(blocks, (task + 1) * BLOCKS_PER_TASK)):
             first = k * LANES
             count = min(LANES, gaussians - first)
-            _load_gaussians(block, means[f], quats[f], frame_scales, first)
-            covariances(block)
-            for j in range(SUMS_START, SUMS_STOP):
-                block[j] = _ZERO
-            for v in range(views):
-                gradients = d_screen[f * views + v]
-                _load(block, SCREEN_X, gradients, first, 0, 5)
-                project_block_backward(block, viewmats[v], Ks[v], size)
-                _add(block, D_COLOR_R, gradients, first, 5, 4)
-            covariances_backward(block)
-            _store(block, D_MEAN_X, d_means[f], first, count, 3)
-            _store(block, D_QUAT_W, d_quats[f], first, count, 4)
-            _store(block, D_SCALE_X, d_scales[f], first, count, 3)
-            _store(block, D_COLOR_R, d_colors[f], first, count, 3)
-            _store(block, D_OPACITY, d_opacities[f], first, count, 1)
+            for f in range(frames):
+                own_scales = min(f, scales.shape[0] - 1)
+                load_gaussians(block, means[f], quats[f], scales[own_scales], first)
+                for j in range(SUMS_START, SUMS_STOP):
+                    block[j] = _ZERO
+                for v in range(views):
+                    gradients = d_screen[f * views + v]
+                    _load(block, SCREEN_X, gradients, first, 5)
+                    project_block_backward(block, viewmats[v], Ks[v], size)
+                    d_color = d_colors[min(f, d_colors.shape[0] - 1), min(v, d_colors.shape[1] - 1)]
+                    for n in range(first, first + count):
+                        for channel in range(3):
+                            d_color[n, channel] += gradients[n, 5 + channel]
+                        d_opacities[n] += gradients[n, 8]
+                covariances_backward(block)
+                _store(block, D_MEAN_X, d_means[f], first, count, 3)
+                _store(block, D_QUAT_W, d_quats[f], first, count, 4)
+                d_scale = d_scales[own_scales]
+                for n in range(count):
+                    for axis in range(3):
+                        d_scale[first + n, axis] += block[D_SCALE_X + np.uint64(LANES * axis + n)]
