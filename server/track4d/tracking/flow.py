@@ -9,6 +9,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from .tracks import Tracks
+
 SMALLEST = 64  # pixels; DIS needs a pyramid of a few levels, so smaller pictures are padded
 
 
@@ -65,3 +67,42 @@ def match_points(first: np.ndarray, second: np.ndarray, points: np.ndarray, tole
     back = bilinear(dense_flow(second, first, upsampling), matched)  # [N, 2]
     miss = np.linalg.norm(there + back, axis=1)
     return matched, miss < tolerance + 0.05 * np.linalg.norm(there, axis=1)
+
+
+def flow_tracks(grey: np.ndarray, masks: np.ndarray | None, queries: np.ndarray, tolerance: float = 1.0,
+                upsampling: int = 1) -> Tracks:
+    """Follows points from frame to frame by optical flow, later and earlier than their queries.
+
+    A point counts as seen until it leaves the picture or the object, or a step there and back misses its start by more than the
+    tolerance; it has to be, because nothing finds it again later.
+
+    Args:
+        grey: [V, F, H, W] uint8; masks: [V, F, H, W] bool, where the object is, or None.
+        queries: [V, N, 3] frame, x, y.
+        tolerance: pixels, plus 5 % of the step.
+    """
+    views, frames, height, width = grey.shape
+    points = np.repeat(queries[:, None, :, 1:].astype(np.float32), frames, 1)  # [V, F, N, 2]
+    visibility = np.ones(points.shape[:3], bool)
+    missed = np.zeros(points.shape[:3], np.float32)  # pixels, summed along the way
+    for v in range(views):
+        first = queries[v, :, 0]
+        for direction in (1, -1):
+            for f in range(frames - 1) if direction > 0 else range(frames - 1, 0, -1):
+                going = (first - f) * direction <= 0
+                if not going.any():
+                    continue
+                there = dense_flow(grey[v, f], grey[v, f + direction], upsampling)
+                back = dense_flow(grey[v, f + direction], grey[v, f], upsampling)
+                start = points[v, f, going]
+                step = bilinear(there, start)
+                end = start + step
+                miss = np.linalg.norm(step + bilinear(back, end), axis=1)
+                inside = ((end >= 0) & (end < (width, height))).all(1)
+                if masks is not None:
+                    inside &= bilinear(masks[v, f + direction].astype(np.float32), end) > 0.5
+                points[v, f + direction, going] = end
+                visibility[v, f + direction, going] = (visibility[v, f, going] & inside
+                                                       & (miss < tolerance + 0.05 * np.linalg.norm(step, axis=1)))
+                missed[v, f + direction, going] = missed[v, f, going] + miss
+    return Tracks(points, visibility, 1 / (1 + missed))
