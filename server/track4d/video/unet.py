@@ -69,8 +69,8 @@ class UNetConfig:
     @classmethod
     def small(cls) -> UNetConfig:
         """The size that is trained on a CPU: 64 x 64 premultiplied RGBA pictures, no VAE, no image encoder."""
-        return cls(channels=(32, 64, 96), attention=(False, True, True), spatial_motion=(False, True, True), heads=4,
-                   motion_heads=4, groups=8, patch=2, text_dim=64, vocabulary=128, text_tokens=16, image_dim=0)
+        return cls(channels=(32, 64, 96), attention=(False, True, True), spatial_motion=(False, True, True), layers=1, heads=2,
+                   motion_heads=2, groups=8, patch=2, text_dim=64, vocabulary=128, text_tokens=16, image_dim=0)
 
     @property
     def spatial_feature(self) -> str:
