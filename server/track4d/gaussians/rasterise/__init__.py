@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .dense import limit_opacities
 from .gsplat_backend import rasterise_gsplat
+from .loss import picture_loss
 from .numba_backend import rasterise_numba
 
-__all__ = ["rasterise", "rasterise_depth"]
+__all__ = ["picture_loss", "rasterise", "rasterise_depth"]
 
 
 def rasterise(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,

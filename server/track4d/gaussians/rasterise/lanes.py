@@ -122,6 +122,9 @@ def _pointer(context, builder, array_type, array, start):
 @intrinsic
 def load(typing_context, array, start):
     """Entries start .. start + 15 of a contiguous 1-D float32 array; nothing checks that they exist."""
+    if array.layout != "C":
+        return None
+
     def codegen(context, builder, signature, arguments):
         return builder.load(_pointer(context, builder, signature.args[0], *arguments), align=4)
     return floats(array, types.intp), codegen
@@ -130,6 +133,9 @@ def load(typing_context, array, start):
 @intrinsic
 def store(typing_context, array, start, value):
     """The opposite of `load`."""
+    if array.layout != "C":
+        return None
+
     def codegen(context, builder, signature, arguments):
         builder.store(arguments[2], _pointer(context, builder, signature.args[0], *arguments[:2]), align=4)
         return context.get_dummy_value()
