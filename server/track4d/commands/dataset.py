@@ -28,8 +28,6 @@ def dataset_render(
     from track4d_protocol.errors import InputError, TransportError
     from track4d_protocol.space import FRONTS
 
-    from ..training.asset_clips import LOG, RenderSettings, render_folder
-
     if find_spec("bpy") is None:
         raise TransportError("no_bpy", "Files are read and written by Blender's Python module, which is not installed here.",
                              "Run: pip install bpy (Python 3.11 for 4.2 to 5.0, Python 3.13 for 5.1 and later).")
@@ -37,6 +35,8 @@ def dataset_render(
         raise InputError("bad_cameras_name", f"There are no '{cameras}' cameras.", "Use random or orbit.")
     if front not in FRONTS:
         raise InputError("bad_front", f"The front axis '{front}' is not known.", f"Use one of {', '.join(FRONTS)}.")
+    from ..training.asset_clips import LOG, RenderSettings, render_folder
+
     settings = RenderSettings(views, frames, size, renders, cameras, front, seed, surface)
     console = Console(stderr=True, highlight=False)
     with Progress(console=console) as progress:

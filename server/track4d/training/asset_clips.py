@@ -233,10 +233,10 @@ def _words(name: str) -> str:
 
 
 def caption_from_names(noun: str, clip: str) -> str:
-    """A sentence for a clip without caption: a verb that is known from its first word, else the name as it stands."""
+    """A sentence for a clip without caption: a verb known from the name's first word, else the name as it stands."""
     words = _words(clip)
     for verb in VERBS:
-        if words and any(words.split()[0] in phrase.split() for phrase in verb.phrases):
+        if words and words.split()[0] in {phrase.removeprefix("is ").split()[0] for phrase in verb.phrases}:
             return f"the {noun} {verb.phrases[1] if len(verb.phrases) > 1 else verb.phrases[0]}"
     return f"the {noun}: {words}" if words else f"the {noun}"
 

@@ -210,28 +210,47 @@ def shuffled(seed: int, position: int, count: int) -> int:
     return int(np.random.default_rng([seed, position // count, count]).permutation(count)[position % count])
 
 
+def evenly(rng: np.random.Generator, views: int, wanted: int) -> np.ndarray:
+    """Which of the views, that go around the object, to take: all, or some as evenly as they come from a random one on.
+
+    Raises:
+        InputError: too_few_views.
+    """
+    if wanted > views:
+        raise InputError("too_few_views", f"A clip has {views} views, the training asks for {wanted}.",
+                         "Ask for less, or render the data set with more.")
+    start = int(rng.integers(views)) if wanted < views else 0
+    return (start + np.arange(wanted) * views // wanted) % views
+
+
+def strided(rng: np.random.Generator, frames: int, wanted: int) -> np.ndarray:
+    """Which of the frames to take: every k-th with the largest k there is room for, from a random one on.
+
+    Raises:
+        InputError: too_few_frames.
+    """
+    if wanted > frames:
+        raise InputError("too_few_frames", f"A clip has {frames} frames, the training asks for {wanted}.",
+                         "Ask for less, or render the data set with more.")
+    stride = frames // wanted
+    return int(rng.integers(frames - stride * (wanted - 1))) + stride * np.arange(wanted)
+
+
 def fit_clip(clip: Clip, shape: ClipShape, rng: np.random.Generator) -> Clip:
     """A stored clip with fewer views, frames or pixels: every k-th view and frame from a random first one, pictures reduced.
 
     Raises:
-        InputError: clip_too_small.
+        InputError: too_few_views, too_few_frames, clip_too_small.
     """
     views, frames, size = clip.video.shape[:3]
-    if shape.views > views or shape.frames > frames or shape.size > size:
-        raise InputError(
-            "clip_too_small",
-            f"A clip has {views} views, {frames} frames and {size} pixels; the training asks for {shape.views}, {shape.frames} "
-            f"and {shape.size}.",
-            "Ask for less, or render the data set with more.",
-        )
-    v = (int(rng.integers(views)) if shape.views < views else 0) + np.arange(shape.views) * views // shape.views
-    v %= views
-    stride = frames // shape.frames
-    f = int(rng.integers(frames - stride * (shape.frames - 1))) + stride * np.arange(shape.frames)
+    if shape.size > size:
+        raise InputError("clip_too_small", f"A clip has {size} pixels, the training asks for {shape.size}.",
+                         "Ask for less, or render the data set with more.")
+    v, f = evenly(rng, views, shape.views), strided(rng, frames, shape.frames)
     video, surface, scale = clip.video[v][:, f], clip.surface, shape.size / size
     surface = surface[v][:, f] if surface is not None else None
     if shape.size != size:
-        video = np.stack([[_reduced(picture, shape.size) for picture in view] for view in video])
+        video = np.stack([[reduced(picture, shape.size) for picture in view] for view in video])
         at = ((np.arange(shape.size) + 0.5) / scale).astype(int)
         surface = surface[:, :, at][:, :, :, at] if surface is not None else None
     return Clip(
@@ -247,7 +266,7 @@ def fit_clip(clip: Clip, shape: ClipShape, rng: np.random.Generator) -> Clip:
     )
 
 
-def _reduced(picture: np.ndarray, size: int) -> np.ndarray:
+def reduced(picture: np.ndarray, size: int) -> np.ndarray:
     """A straight-alpha picture [S, S, 4] uint8 at another size; colours count as much as their alpha."""
     alpha = picture[..., 3:] / np.float32(255)
     small = cv2.resize(np.concatenate([picture[..., :3] * alpha, alpha], -1), (size, size), interpolation=cv2.INTER_AREA)
