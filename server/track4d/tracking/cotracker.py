@@ -148,14 +148,13 @@ class UpdateFormer(nn.Module):
 
     def forward(self, x: Tensor, space: bool = True) -> Tensor:
         """Tokens [B, N, T, inputs] to updates [B, N, T, 4]."""
-        batch, points, frames, _ = x.shape
+        batch, _, frames, _ = x.shape
         x = self.input_transform(x)  # [B, N, T, D]
-        virtual = self.virual_tracks.expand(batch, -1, frames, -1)
+        virtual = self.virual_tracks  # [1, virtual, 1, D]: alike in every view and frame until they have looked at points
         for k, time_block in enumerate(self.time_blocks):
-            joint = torch.cat([x, virtual], 1)
-            joint = time_block(joint.flatten(0, 1)).view(joint.shape)  # [B, N + virtual, T, D]
-            x, virtual = joint[:, :points], joint[:, points:]
+            x = time_block(x.flatten(0, 1)).view(x.shape)
             if space:
+                virtual = time_block(virtual.flatten(0, 1)).view(virtual.shape).expand(batch, -1, frames, -1)
                 x, virtual = (part.transpose(1, 2).flatten(0, 1) for part in (x, virtual))  # [B * T, ..., D]
                 virtual = self.space_virtual2point_blocks[k](virtual, x)  # each name says who asks whom
                 virtual = self.space_virtual_blocks[k](virtual)
