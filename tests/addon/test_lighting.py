@@ -1,0 +1,158 @@
+"""Baked light: the rig lights as it says, the bake is what Cycles sees, and a folder becomes an evaluation set."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import bpy
+import numpy as np
+import pytest
+from track4d_addon import lighting
+from track4d_addon.bake_lighting import bake_folder
+from track4d_protocol.errors import InputError
+from track4d_protocol.splat_files import read_ply
+
+from .conftest import make_grid, make_object
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def make_ball(name="Ball", location=(0.0, 0.0, 0.0), radius=1.0):
+    bpy.ops.mesh.primitive_uv_sphere_add(segments=16, ring_count=8, radius=radius, location=location)
+    obj = bpy.context.object
+    obj.name = name
+    bpy.context.view_layer.update()
+    return obj
+
+
+def test_a_white_surface_that_faces_a_lamp_is_as_white_as_its_strength():
+    grid = make_grid(5, "Card")
+    material = bpy.data.materials.new("white")
+    if bpy.app.version < (5, 0, 0):
+        material.use_nodes = True
+    material.node_tree.nodes.clear()
+    shader = material.node_tree.nodes.new("ShaderNodeBsdfDiffuse")
+    shader.inputs["Color"].default_value = (1, 1, 1, 1)
+    output = material.node_tree.nodes.new("ShaderNodeOutputMaterial")
+    material.node_tree.links.new(shader.outputs[0], output.inputs[0])
+    grid.data.materials.append(material)
+    lamp = lighting.Lamp(0, 90, strength=0.6, size=0.1, distance=50)  # straight above, far away
+    lighting.add_rig([grid], {"key": lamp})
+    lighting.bake([grid], samples=4)
+    assert np.allclose(lighting.baked_colors(grid), 0.6, atol=0.02)
+
+
+@pytest.mark.parametrize("front, axis", [("-Y", (0, -1)), ("+X", (1, 0))])
+def test_the_key_light_comes_from_the_fronts_left(front, axis):
+    ball = make_ball()
+    lighting.add_rig([ball], {"key": lighting.RIG["key"]}, front)
+    lamp = bpy.data.objects["Track4D key"]
+    place = np.array(lamp.matrix_world)[:3, 3]
+    angle = math.degrees(math.atan2(np.cross(axis, place[:2]), np.dot(axis, place[:2])))
+    assert angle == pytest.approx(lighting.RIG["key"].azimuth, abs=0.01)
+    shining = -np.array(lamp.matrix_world)[:3, 2]
+    assert np.allclose(shining, -place / np.linalg.norm(place), atol=1e-5)
+    lighting.bake([ball], samples=4)
+    colors = lighting.baked_colors(ball)[:, 0]
+    facing = lighting.world_vertices(ball) @ place / np.linalg.norm(place)
+    assert colors[facing > 0.7].mean() > 10 * colors[facing < -0.5].mean()
+
+
+def test_the_scene_is_as_it_was_but_for_the_light():
+    ball, other = make_ball(), make_ball("Other", (4, 0, 0))
+    other.select_set(True)
+    scene = bpy.context.scene
+    scene.render.engine, scene.cycles.samples = "BLENDER_WORKBENCH", 7
+    collections, lights = len(bpy.data.collections), len(bpy.data.lights)
+    lighting.add_rig([ball])
+    lighting.add_rig([ball])  # replaces the first
+    assert len(bpy.data.lights) == lights + 4
+    lighting.bake([ball], samples=1)
+    lighting.remove_rig()
+    assert (scene.render.engine, scene.cycles.samples, other.select_get()) == ("BLENDER_WORKBENCH", 7, True)
+    assert (len(bpy.data.collections), len(bpy.data.lights)) == (collections, lights)
+    assert [attribute.name for attribute in ball.data.color_attributes] == [lighting.COLORS]
+    lighting.bake([ball], samples=1)  # again into the same attribute
+    assert len(ball.data.color_attributes) == 1
+
+
+def test_splats_lie_on_the_surface_and_face_outwards():
+    ball = make_ball()
+    ball.data.color_attributes.new(lighting.COLORS, "FLOAT_COLOR", "POINT")
+    light = np.tile(np.float32([0.2, 0.5, 2.0, 1.0]), len(ball.data.vertices))
+    ball.data.color_attributes[0].data.foreach_set("color", light)
+    splats = lighting.to_splats([ball])
+    ball.data.calc_loop_triangles()
+    assert splats.means.shape[1] == len(ball.data.vertices) + len(ball.data.loop_triangles)
+    radius = np.linalg.norm(splats.means[0], axis=1)
+    assert 0.93 < radius.min() and radius.max() < 1.001
+    w, x, y, z = splats.quats[0].astype(np.float64).T
+    thin = np.stack([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)], 1)  # image of +X
+    assert (np.abs((thin * splats.means[0]).sum(1) / radius) > 0.97).all()
+    assert (splats.scales[:, 0] < 0.5 * splats.scales[:, 1:].min(1)).all()
+    assert np.allclose(splats.colors(0, direction=[0, 0, 1])[0], [0.4845, 0.7354, 1.0], atol=1e-3)  # sRGB, clipped
+    area = (splats.scales[:, 1] * splats.scales[:, 2]).sum() * 2 * math.pi
+    assert 0.5 < area / (4 * math.pi) < 2.5  # together they cover the ball
+
+
+@pytest.mark.parametrize("broken", ["nothing", "flat", "mode", "shared"])
+def test_what_cannot_be_lit_is_named(broken):
+    ball = make_ball()
+    objects, code = [ball], ""
+    if broken == "nothing":
+        objects, code = [], "no_mesh_selected"
+    elif broken == "flat":
+        objects, code = [make_object("Dot", [(0, 0, 0)] * 3, [(0, 1, 2)])], "degenerate_mesh"
+    elif broken == "mode":
+        bpy.ops.object.mode_set(mode="EDIT")
+        code = "in_edit_mode"
+    else:
+        bpy.context.scene.collection.objects.link(bpy.data.objects.new("Twin", ball.data))
+        code = "shared_mesh"
+    with pytest.raises(InputError) as caught:
+        if broken == "flat":
+            lighting.add_rig(objects)
+        lighting.bake(objects, samples=1)
+    assert caught.value.code == code and caught.value.action
+
+
+def test_a_folder_becomes_a_set_and_a_second_run_keeps_it(tmp_path):
+    models, out = tmp_path / "models", tmp_path / "set"
+    models.mkdir()
+    (models / "sunflower.glb").write_bytes((EXAMPLES / "sunflower.glb").read_bytes())
+    (models / "broken.glb").write_bytes(b"not a model")
+    (models / "assets.json").write_text(json.dumps({"sunflower.glb": {"prompt": "the flower is swaying", "licence": "CC0-1.0"}}))
+    command = [sys.executable, "-m", "track4d_addon.bake_lighting", str(models), f"--out={out}", "--samples=1", "--key=0.9"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout.splitlines()[-1]) == {"done": {"baked": 1, "kept": 0, "failed": 1}}
+    manifest = json.loads((out / "sunflower" / "asset.json").read_text())
+    assert manifest["prompt"] == "the flower is swaying" and manifest["licence"] == "CC0-1.0" and manifest["samples"] == 1
+    assert manifest["rig"]["key"]["strength"] == 0.9 and set(manifest["sha256"]) == {"source", "mesh.glb", "gaussians.ply"}
+    splats = read_ply(out / "sunflower" / "gaussians.ply")
+    assert splats.means.shape[1] == manifest["gaussians"] > manifest["vertices"]
+    bpy.ops.wm.read_factory_settings(use_empty=True)
+    bpy.ops.import_scene.gltf(filepath=str(out / "sunflower" / "mesh.glb"))
+    assert any(len(mesh.color_attributes) for mesh in bpy.data.meshes)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {(line["file"], line["outcome"]) for line in lines} == {("broken.glb", "failed"), ("sunflower.glb", "baked")}
+    assert next(line for line in lines if line["outcome"] == "failed")["error"]["code"] == "unreadable_file"
+    before = (out / "sunflower" / "asset.json").stat().st_mtime_ns
+    assert bake_folder(models, out, 1, {"key": 0.9}) == {"baked": 0, "kept": 1, "failed": 1}
+    assert (out / "sunflower" / "asset.json").stat().st_mtime_ns == before
+    (out / "sunflower" / "gaussians.ply").write_bytes(b"")  # damaged: made anew
+    (models / "broken.glb").unlink()
+    assert bake_folder(models, out, 1, {"key": 0.9})["baked"] == 1
+
+
+def test_folders_that_are_of_no_use(tmp_path):
+    for folder, code in ((tmp_path / "absent", "missing_folder"), (tmp_path, "no_models")):
+        with pytest.raises(InputError) as caught:
+            bake_folder(folder, tmp_path / "out")
+        assert caught.value.code == code
+    (tmp_path / "a.ply").write_bytes(b"")
+    (tmp_path / "assets.json").write_text("[1, 2]")
+    with pytest.raises(InputError) as caught:
+        bake_folder(tmp_path, tmp_path / "out")
+    assert caught.value.code == "bad_manifest" and not (tmp_path / "out").exists()
