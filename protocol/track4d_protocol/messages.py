@@ -13,6 +13,7 @@ from .limits import LIMITS, Limits
 from .space import FRONTS
 
 PRESETS = ("fast", "default")
+STRONGEST = 3.0
 TASKS = ("animate", "fit")  # from a prompt | from a video that the request brings
 
 
@@ -27,6 +28,9 @@ class Settings:
         preset: one of `PRESETS`.
         front: the world axis the object faces, one of `space.FRONTS`.
         task: one of `TASKS`.
+        strength: factor on the motion, 0 to `STRONGEST`.
+        loop: the last frame shall be the first one.
+        keep_root: the object stays where it is and moves on the spot.
     """
 
     prompt: str = ""
@@ -35,6 +39,9 @@ class Settings:
     preset: str = "default"
     front: str = "-Y"
     task: str = "animate"
+    strength: float = 1.0
+    loop: bool = False
+    keep_root: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,7 +75,8 @@ class Request:
         arrays: in the user's world space and units: vertices f32 [N, 3]; faces i32 [T, 3]; uvs f32 [T, 3, 2]; materials
             i32 [T]; texture_0, texture_1, ... uint8 [h, w, 3] sRGB, top row first, one per material; object_counts i32
             [O] vertices per object; views uint8 [V, R, R, 4] sRGB, straight alpha; depths f32 [V, R, R] along the
-            camera's axis, 0 = background; viewmats f [V, 4, 4]; Ks f32 [V, 3, 3]; for the task "fit" also video uint8
+            camera's axis, 0 = background; viewmats f [V, 4, 4]; Ks f32 [V, 3, 3]; pin f32 [N] in 0..1, how much each
+            vertex is held still, where it is given; for the task "fit" also video uint8
             [V, F, H, W, 3 or 4], whose cameras viewmats and Ks then are.
     """
 
@@ -158,8 +166,8 @@ class Job:
 _ANIMATE = {
     "vertices": ("f", ("N", 3)), "faces": ("i", ("T", 3)), "uvs": ("f", ("T", 3, 2)), "materials": ("i", ("T",)),
     "object_counts": ("i", (None,)), "views": ("u", ("V", "R", "R", 4)), "depths": ("f", ("V", "R", "R")),
-    "viewmats": ("f", ("V", 4, 4)), "Ks": ("f", ("V", 3, 3))}
-_OPTIONAL = {"uvs", "materials", "object_counts", "depths"}
+    "viewmats": ("f", ("V", 4, 4)), "Ks": ("f", ("V", 3, 3)), "pin": ("f", ("N",))}
+_OPTIONAL = {"uvs", "materials", "object_counts", "depths", "pin"}
 
 
 def check_request(request: Request, limits: Limits = LIMITS) -> None:
@@ -211,6 +219,9 @@ def _check_settings(settings: Settings, objects: list[str], limits: Limits) -> N
     if not 0 <= settings.seed < 2**63:
         raise InputError("bad_settings", f"The seed {settings.seed} is out of range.",
                          "Use a number from 0 to 2^63 - 1.")
+    if not 0 <= settings.strength <= STRONGEST:  # NaN is neither
+        raise InputError("bad_settings", f"The strength {settings.strength} is out of range.",
+                         f"Use a number from 0 to {STRONGEST:g}.")
     if len(settings.prompt) > limits.prompt:
         raise InputError("prompt_too_long", f"The prompt has {len(settings.prompt)} characters.",
                          f"Use at most {limits.prompt}.")
@@ -237,8 +248,8 @@ def _check_array(name: str, array: np.ndarray, kind: str, shape: tuple, sizes: d
 
 def _check_indices(request: Request, sizes: dict[str, int]) -> None:
     arrays = request.arrays
-    for name in ("vertices", "viewmats", "Ks"):
-        if not np.isfinite(arrays[name]).all():
+    for name in ("vertices", "viewmats", "Ks", "pin"):
+        if name in arrays and not np.isfinite(arrays[name]).all():
             raise InputError("not_finite", f"The array '{name}' has numbers that are not finite.",
                              "Undo the modifier that made them.")
     if arrays["faces"].min() < 0 or arrays["faces"].max() >= sizes["N"]:

@@ -18,6 +18,7 @@ from .gaussians.cloud import Cloud, seed_cloud
 from .geometry.mesh import Mesh, check_mesh
 from .geometry.zbuffer import over, render
 from .motion.appearance import estimate_shading
+from .motion.direction import directed
 from .motion.fit import Tracks3D, fit_motion
 from .motion.footage import read_footage
 from .presets import FITTED_FRAMES, PRESETS, Preset
@@ -48,6 +49,7 @@ def run(request: Request, report: Report) -> Result:
         mesh, similarity = canonical_mesh(request)
         viewmats = similarity.viewmats_to_canonical(arrays["viewmats"])  # [V, 4, 4]
         Ks = np.asarray(arrays["Ks"], np.float32)  # [V, 3, 3]
+        pin = arrays.get("pin")  # [N]
 
     if settings.task == "animate":
         with clock("generate"):  # Stage One
@@ -56,10 +58,11 @@ def run(request: Request, report: Report) -> Result:
             stills = arrays["views"]  # [V, H, W, 4]
             generated = generator.generate(mesh, stills, viewmats, Ks, settings.prompt, frames=FITTED_FRAMES,
                                            steps=quality.sampling_steps, seed=settings.seed, report=report)
+            wanted = directed(generated.tracks, settings.strength, settings.loop, settings.keep_root, pin)  # [F, N, 3]
             shading = estimate_shading(mesh, stills, viewmats, Ks)
-            filming = stepped_back(viewmats, generated.tracks)
-            video = decode_video(mesh, generated.tracks, filming, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
-            tracks = Tracks3D(generated.tracks, generated.confidence)
+            filming = stepped_back(viewmats, wanted)
+            video = decode_video(mesh, wanted, filming, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
+            tracks = Tracks3D(wanted, generated.confidence)
             glimpse = grid(on_grey(video[:, FITTED_FRAMES // 3]))
             report("generate", quality.sampling_steps, quality.sampling_steps, glimpse)
     else:
@@ -74,7 +77,9 @@ def run(request: Request, report: Report) -> Result:
         cloud = surface_gaussians(mesh, stills, viewmats, Ks, quality, settings.seed)
 
     with clock("sample"):
+        strength = settings.strength if settings.task == "fit" else 1.0  # a generated motion has it already
         vertices = field.sample(np.linspace(-1, 1, settings.frames))  # [F, N, 3]
+        vertices = directed(vertices, strength, settings.loop, settings.keep_root, pin)
         means, quats = cloud.pose(torch.from_numpy(mesh.faces), torch.from_numpy(vertices))  # [F, G, 3], [F, G, 4]
         rendered = film(mesh, vertices, filming, Ks, stills.shape[1], shading)
 
