@@ -18,7 +18,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 from track4d_protocol.errors import Track4DError, TransportError, error_from_dict
 
+from .commands.bake_lighting import bake_lighting
 from .commands.dataset import dataset_render
+from .commands.generate import generate
 from .commands.track import track
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -26,6 +28,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 train_app = typer.Typer(no_args_is_help=True, help="Train the models that ship.")
 app.add_typer(train_app, name="train")
 app.command()(track)
+app.command()(bake_lighting)
+app.command()(generate)
 dataset_app = typer.Typer(no_args_is_help=True, help="Make training data.")
 dataset_app.command("render")(dataset_render)
 app.add_typer(dataset_app, name="dataset")
@@ -118,9 +122,7 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], sett
     Raises:
         Track4DError: what the client reported.
     """
-    if find_spec("bpy") is None:
-        raise TransportError("no_bpy", "Files are read and written by Blender's Python module, which is not installed here.",
-                             "Run: pip install bpy (Python 3.11 for 4.2 to 5.0, Python 3.13 for 5.1 and later).")
+    require_bpy()
     seed, frames, preset, front = settings
     command = [sys.executable, "-m", "track4d_addon.headless", task, str(mesh), *what,
                f"--seed={seed}", f"--frames={frames}", f"--preset={preset}", f"--front={front}"]
@@ -136,10 +138,10 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], sett
     reader.start()
     with Footprint(client.pid, home) as footprint:
         try:
-            error = draw(client)
+            error, _ = draw(client)
         except KeyboardInterrupt:  # the client takes the job back from the server and says so
             client.terminate()
-            error = draw(client)
+            error, _ = draw(client)
         client.wait()
     reader.join(timeout=5)
     if error:
@@ -156,9 +158,18 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], sett
         console.print(f"wrote {path}")
 
 
-def draw(client: subprocess.Popen) -> dict | None:
-    """Shows the client's JSON lines as progress; returns its error if it reported one."""
-    error = None
+def require_bpy() -> None:
+    """Raises:
+        TransportError: no_bpy.
+    """
+    if find_spec("bpy") is None:
+        raise TransportError("no_bpy", "Files are read and written by Blender's Python module, which is not installed here.",
+                             "Run: pip install bpy (Python 3.11 for 4.2 to 5.0, Python 3.13 for 5.1 and later).")
+
+
+def draw(client: subprocess.Popen) -> tuple[dict | None, dict]:
+    """Shows the client's JSON lines as progress; returns its error, if it reported one, and what it has "done"."""
+    error, done = None, {}
     columns = (TextColumn("{task.description:>12}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -172,6 +183,8 @@ def draw(client: subprocess.Popen) -> dict | None:
                 continue
             if "error" in event:
                 error = event["error"]
+            elif "done" in event:
+                done = event["done"]
             elif "warning" in event:
                 warning = event["warning"]
                 progress.console.print(Text(f"note: {warning['message']} {warning.get('action', '')}", "yellow"))
@@ -184,7 +197,7 @@ def draw(client: subprocess.Popen) -> dict | None:
                 progress.update(tasks[stage], completed=event.get("step", 0), total=total)
         if error is None:
             finish(progress)
-    return error
+    return error, done
 
 
 def finish(progress: Progress) -> None:

@@ -148,7 +148,10 @@ def overlay(video: np.ndarray, tracks: Tracks) -> np.ndarray:
 
 
 def write_video(path: Path, pictures: np.ndarray, rate: float) -> None:
-    """Writes pictures [F, H, W, 3] uint8 as H.264; an odd last row or column is repeated, as the format needs even sizes."""
+    """Writes pictures [F, H, W, 3] uint8 as H.264, or VP9 for .webm.
+
+    An odd last row or column is repeated, as the formats need even sizes.
+    """
     from fractions import Fraction
 
     import av
@@ -157,7 +160,8 @@ def write_video(path: Path, pictures: np.ndarray, rate: float) -> None:
     pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     partial = path.with_name(f".{path.name}")
     with av.open(str(partial), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001), options={"crf": "18"})
+        codec = "libvpx-vp9" if path.suffix.lower() == ".webm" else "libx264"
+        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001), options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = pictures.shape[2], pictures.shape[1], "yuv420p"
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
