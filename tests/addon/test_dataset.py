@@ -103,7 +103,7 @@ def models(tmp_path) -> Path:
     bpy.ops.export_scene.gltf(filepath=str(folder / "still.glb"))
     captions = {"puppet.glb": {"noun": "puppet", "clips": {"Wave": {"prompt": "the puppet bows", "verb": "bow", "loops": False}}}}
     (folder / "captions.json").write_text(json.dumps(captions))
-    table = "| file | licence |\n|---|---|\n| puppet.glb | CC0 1.0 |\n"
+    table = "| file | licence | front |\n|---|---|---|\n| puppet.glb | CC0 1.0 | none |\n"
     (folder / "CREDITS.md").write_text(f"{table}\n## puppet.glb\n\n- author: A. Person\n")
     return folder
 
@@ -132,6 +132,22 @@ def test_a_folder_becomes_shards_and_is_gone_on_with(models, tmp_path):
     with pytest.raises(InputError) as error:
         render_folder(models, out, RenderSettings(views=2, frames=4, size=48))
     assert error.value.code == "dataset_differs" and "size 32 instead of 48" in error.value.message
+
+
+def test_a_model_that_can_t_be_drawn_is_skipped(models, tmp_path, monkeypatch):
+    """What comes out of Blender may still be no object, such as one whose vertices all lie in one point."""
+
+    def collapsed(files, about, frames):
+        for path, found in read_models(files, about, frames):
+            if path.name == "puppet.glb":
+                found["arrays"]["vertices_1"][:] = 0
+            yield path, found
+
+    read_models = asset_clips.read_models
+    monkeypatch.setattr(asset_clips, "read_models", collapsed)
+    made = render_folder(models, tmp_path / "out", SETTINGS)
+    assert made == {"files": 1, "clips": 2, "samples": 4, "failed": 3}
+    assert all(e.info["model"] != "puppet.glb" for e in shards.read_index(tmp_path / "out" / "shard-00000.tar"))
 
 
 def test_a_render_that_was_stopped_goes_on(models, tmp_path):

@@ -130,6 +130,13 @@ def test_batches_don_t_depend_on_who_makes_them():
     assert not same(here[0], make_batch(Procedural(validation=True), SMALL, 7, range(2)))
 
 
+def test_shapes_take_turns():
+    shapes = [ClipShape(2, 4, 32), ClipShape(1, 8, 16)]
+    batches = list(load_batches(Procedural(), shapes, 1, 7, 1, 4, workers=0))
+    assert [tuple(batch.video.shape[1:]) for batch in batches] == [(1, 8, 4, 16, 16), (2, 4, 4, 32, 32), (1, 8, 4, 16, 16)]
+    assert same(batches[1], make_batch(Procedural(), shapes[0], 7, [2]))
+
+
 def test_shuffling_visits_every_clip_once_per_round():
     rounds = [[shuffled(5, position, 7) for position in range(start, start + 7)] for start in (0, 7, 14)]
     assert all(sorted(visited) == list(range(7)) for visited in rounds) and rounds[0] != rounds[1]

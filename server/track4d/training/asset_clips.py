@@ -107,7 +107,12 @@ def render_folder(
                 log.add({"file": name, "error": found["error"]})
                 continue
             info = {"file": name, "sha256": digests[path]} | about[path]
-            pending += [(key, encode(clip)) for key, clip in _renders(found, info, settings)]
+            try:
+                made = [(key, encode(clip)) for key, clip in _renders(found, info, settings)]
+            except InputError as error:
+                log.add({"file": name, "error": error.to_dict()})
+                continue
+            pending += made
             lines.append({"file": name, "sha256": digests[path], "clips": len(found["clips"]),
                           "samples": len(found["clips"]) * settings.renders, "warnings": found["warnings"]})
             if sum(len(data) for _, encoded in pending for data in encoded.values()) >= SHARD_BYTES:
@@ -202,7 +207,9 @@ def _read_captions(path: Path) -> dict[str, Any]:
     if captions.exists():
         found |= json.loads(captions.read_text()).get(path.name, {})
     known = {key: found[key] for key in ("noun", "front", "licence", "evidence", "credit", "author", "source") if key in found}
-    return {"noun": _words(path.stem), "clips": {}} | known | {"clips": found.get("clips", {})}
+    if known.get("front") not in space.FRONTS:  # such as "none" for a column
+        known.pop("front", None)
+    return {"noun": _words(path.stem)} | known | {"clips": found.get("clips", {})}
 
 
 def read_credits(text: str, name: str) -> dict[str, str]:

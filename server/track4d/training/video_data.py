@@ -122,7 +122,7 @@ Source = Callable[[int, int, ClipShape], Clip]
 
 def load_batches(
     source: Source,
-    shape: ClipShape,
+    shape: ClipShape | Sequence[ClipShape],
     batch: int,
     seed: int,
     first: int,
@@ -136,6 +136,7 @@ def load_batches(
 
     Args:
         source: where the clips come from.
+        shape: of the clips; several are taken in turn, step by step.
         batch: clips per step of this process.
         seed, first: step `first` of a resumed training gets what it would have got without the interruption.
         points: tracks per view, drawn anew for every clip.
@@ -145,7 +146,8 @@ def load_batches(
     Returns:
         an iterable of `Batch`, `last` - `first` long.
     """
-    steps = _Steps(source, shape, batch, seed, points, rank, world)
+    shapes = (shape,) if isinstance(shape, ClipShape) else tuple(shape)
+    steps = _Steps(source, shapes, batch, seed, points, rank, world)
     return DataLoader(
         steps,
         batch_size=None,
@@ -160,7 +162,7 @@ def load_batches(
 @dataclass(frozen=True)
 class _Steps(Dataset):
     source: Source
-    shape: ClipShape
+    shapes: tuple[ClipShape, ...]
     batch: int
     seed: int
     points: int
@@ -169,7 +171,8 @@ class _Steps(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         start = (step * self.world + self.rank) * self.batch
-        return make_batch(self.source, self.shape, self.seed, range(start, start + self.batch), self.points)
+        shape = self.shapes[step % len(self.shapes)]
+        return make_batch(self.source, shape, self.seed, range(start, start + self.batch), self.points)
 
 
 def make_batch(source: Source, shape: ClipShape, seed: int, positions: Sequence[int], points: int = POINTS) -> Batch:
