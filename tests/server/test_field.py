@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 from track4d.motion.field import HybridField, MotionField, euler_quaternion, quaternion_product, turned
-from track4d.motion.hexplane import PAPER_PLANES, TWO_LEVEL_PLANES, HexPlane, HexPlaneSize, hat_weights
+from track4d.motion.hexplane import PAPER_PLANES, TWO_LEVEL_PLANES, HexPlane, HexPlaneSize, interpolate
 
 SMALL = HexPlaneSize(((5, 6, 7, 4), (9, 10, 11, 6)), 4)
 PUBLISHED_PAIRS = ("xy", "xz", "xt", "yz", "yt", "zt")
@@ -84,7 +84,7 @@ def test_features_are_continuous_in_time_and_linear_between_cells() -> None:
     points = torch.rand(6, 3) * 2 - 1
     fine = planes(points, torch.linspace(-1, 1, 401))
     assert (fine[1:] - fine[:-1]).abs().max() < 0.02
-    torch.testing.assert_close(hat_weights(torch.tensor([-2.0, -1, 0, 0.5, 1]), 3),
+    torch.testing.assert_close(interpolate(torch.eye(3), torch.tensor([-2.0, -1, 0, 0.5, 1])),
                                torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1]]))
 
 

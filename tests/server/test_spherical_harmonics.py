@@ -5,8 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import trimesh
 from scipy.spatial.transform import Rotation
 from scipy.special import sph_harm_y
+from track4d.gaussians.cloud import seed_cloud
+from track4d.gaussians.light import fit_colors, resample_sh
+from track4d.gaussians.rasterise import rasterise
 from track4d.gaussians.spherical_harmonics import (
     cosine_basis,
     rotate_sh,
@@ -16,7 +20,9 @@ from track4d.gaussians.spherical_harmonics import (
     sh_over_time,
     view_directions,
 )
-from track4d_protocol.space import orbit_viewmats
+from track4d.geometry.mesh import Mesh
+from track4d.geometry.zbuffer import over, render
+from track4d_protocol.space import intrinsics, orbit_viewmats
 
 
 def directions(count: int, seed: int = 0) -> torch.Tensor:
@@ -82,3 +88,75 @@ def test_directions_point_from_the_camera_and_carry_no_gradient() -> None:
     towards = view_directions(means, viewmats)
     torch.testing.assert_close(towards[0, :, 0], torch.tensor([[-1.0, 0, 0], [0, -1.0, 0]]), atol=1e-6, rtol=0)
     assert not towards.requires_grad
+
+
+SIZE = 64
+KS = intrinsics(SIZE, 4)
+
+
+@pytest.fixture(scope="module")
+def lit():
+    """A turning textured ball under a lamp that goes around it: mesh, vertices [F, N, 3], and a function that films it."""
+    shape = trimesh.creation.icosphere(subdivisions=3, radius=0.7)
+    texture = np.full((1, 1, 3), 0.6, np.float32)
+    mesh = Mesh(np.array(shape.vertices), np.array(shape.faces), None, None, [texture])
+    turns = [Rotation.from_euler("z", 0.1 * f).as_matrix() for f in range(8)]
+    vertices = np.stack([mesh.vertices @ turn.T for turn in turns]).astype(np.float32)
+
+    def film(viewmats: np.ndarray, moving: bool = True) -> np.ndarray:
+        pictures = []
+        for f, posed in enumerate(vertices):
+            angle = 2 * np.pi * f / 8 if moving else 0.0
+            light = 0.4 + 0.6 * np.clip(posed / 0.7 @ np.array([np.cos(angle), np.sin(angle), 0.3]), 0, 1)
+            pictures.append(over(render(mesh, posed[None], viewmats, KS[:len(viewmats)], SIZE, 2, light)[0], 0.5))
+        return np.stack(pictures, 1).astype(np.float32)  # [V, F, S, S, 3]
+
+    return mesh, vertices, film
+
+
+def shown_psnr(cloud, mesh, vertices, coefficients, viewmats, wanted) -> float:
+    """PSNR in dB over the pixels that aren't background."""
+    means, quats = cloud.pose(mesh.faces, torch.from_numpy(vertices))
+    viewmats = torch.from_numpy(viewmats)
+    colors = sh_colors(coefficients, view_directions(means, viewmats), torch.arange(float(len(vertices))), len(vertices))
+    Ks = torch.from_numpy(KS[:len(viewmats)])
+    rgb, _ = rasterise(means, quats, cloud.scales, cloud.opacities, colors, viewmats, Ks, SIZE, 0.5)
+    squared = (rgb.transpose(0, 1).numpy() - wanted) ** 2
+    return float(-10 * np.log10(squared[np.abs(wanted - 0.5).max(-1) > 1e-3].mean()))
+
+
+def test_moving_light_is_found_and_seen_from_a_new_view(lit) -> None:
+    mesh, vertices, film = lit
+    cloud = seed_cloud(mesh, 1500, torch.Generator().manual_seed(0))
+    given, new = orbit_viewmats(), orbit_viewmats([45.0], 30.0)
+    shown = {}
+    for degree, terms in ((0, 1), (1, 6)):
+        coefficients = fit_colors(cloud, mesh.faces, vertices, film(given), given, KS, degree, terms, 60, background=0.5)
+        assert coefficients.shape == (1500, (degree + 1) ** 2, terms, 3)
+        shown[terms] = shown_psnr(cloud, mesh, vertices, coefficients, new, film(new))
+    assert shown[6] > shown[1] + 2, shown
+
+
+def test_steady_light_loses_nothing_by_4d_sh(lit) -> None:
+    mesh, vertices, film = lit
+    cloud = seed_cloud(mesh, 800, torch.Generator().manual_seed(0))
+    given = orbit_viewmats()
+    still = vertices[:1].repeat(8, 0)
+    pictures = film(given, moving=False)[:, :1].repeat(8, 1)
+    static, over_time, again = (fit_colors(cloud, mesh.faces, still, pictures, given, KS, 0, terms, 30, background=0.5)
+                                for terms in (1, 6, 6))
+    shown = [shown_psnr(cloud, mesh, still, c, given, pictures) for c in (static, over_time)]
+    assert shown[1] > shown[0] - 0.3
+    assert torch.equal(again, over_time)
+
+
+@pytest.mark.parametrize("frames", [8, 24, 60])
+def test_other_numbers_of_frames_show_the_same_light(frames) -> None:
+    coefficients = torch.randn(3, 4, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    coefficients *= 0.5 ** torch.arange(5.0)[:, None]
+    share = torch.linspace(0, 1, 7, dtype=torch.float64)
+    resampled = resample_sh(coefficients, 16, frames)
+    before = torch.einsum("fw,gkwc->fgkc", cosine_basis(share * 15, 5, 16), coefficients)
+    after = torch.einsum("fw,gkwc->fgkc", cosine_basis(share * (frames - 1), 5, frames), resampled)
+    assert (after - before).abs().max() < 0.08 * before.abs().max()
+    assert torch.equal(resample_sh(coefficients, 16, 16), coefficients)

@@ -72,32 +72,33 @@ class HexPlane(nn.Module):
         return torch.cat([self._level(k, points, times) for k in range(len(self.size.levels))], -1)
 
     def _level(self, level: int, points: Tensor, times: Tensor) -> Tensor:
-        cells = self.size.levels[level]
-        features = points.new_ones(1, len(points), self.size.width)  # [1, N, C], the same at all times
+        features = points.new_ones(len(points), 1, self.size.width)  # [N, 1, C], the same at all times
         for plane, pair in zip(self.space[3 * level:3 * level + 3], SPACE_PAIRS):
             looked_up = functional.grid_sample(plane, points[None, None, :, pair], padding_mode="border", align_corners=True)
-            features = features * looked_up[0, :, 0].T
+            features = features * looked_up[0, :, 0].T[:, None]
         for axis, plane in enumerate(self.time[3 * level:3 * level + 3]):
+            rows = plane[0].permute(1, 2, 0)  # [cells of t, cells of a, C]
             if self.periodic:
-                plane = torch.cat([plane, plane[:, :, :1]], 2)  # one cell more: the start again
-                moments = hat_weights(torch.remainder(times + 1, 2) - 1, cells[3] + 1)  # [F, cells of t + 1]
+                rows = torch.cat([rows, rows[:1]])  # the start again, one cell after the end
+                at_times = interpolate(rows, torch.remainder(times + 1, 2) - 1)  # [F, cells of a, C]
             else:
-                moments = hat_weights(times, cells[3])  # [F, cells of t]
-            places = hat_weights(points[:, axis], cells[axis])  # [N, cells of a]
-            at_times = torch.einsum("ft,cta->fac", moments, plane[0])  # [F, cells of a, C]
-            features = features * (places @ at_times)  # [F, N, C]
-        return features
+                at_times = interpolate(rows, times)  # [F, cells of a, C]
+            features = features * interpolate(at_times.transpose(0, 1).contiguous(), points[:, axis])  # [N, F, C]
+        return features.transpose(0, 1)
 
 
-def hat_weights(values: Tensor, cells: int) -> Tensor:
-    """Linear interpolation as a matrix: row n has the shares that the cells, spread over [-1, 1], have at values[n].
+def interpolate(rows: Tensor, values: Tensor) -> Tensor:
+    """Linear interpolation between rows that are spread over [-1, 1].
 
     Args:
-        values: [N]; outside of [-1, 1] the last cell's value goes on.
-        cells: at least 1.
+        rows: [R, ...].
+        values: [N]; outside of [-1, 1] the last row's value goes on.
 
     Returns:
-        [N, cells], rows sum to 1.
+        [N, ...].
     """
-    at = (values.clamp(-1, 1) + 1) / 2 * (cells - 1)  # [N]
-    return (1 - (at[:, None] - torch.arange(cells, dtype=values.dtype, device=values.device)).abs()).clamp(min=0)
+    at = (values.clamp(-1, 1) + 1) / 2 * (len(rows) - 1)  # [N]
+    before = at.floor().long().clamp(max=max(len(rows) - 2, 0))
+    after = (before + 1).clamp(max=len(rows) - 1)
+    share = (at - before).reshape(-1, *[1] * (rows.ndim - 1))
+    return torch.lerp(rows.index_select(0, before), rows.index_select(0, after), share)

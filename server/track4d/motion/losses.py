@@ -46,11 +46,12 @@ def edge_rotations(rest: Tensor, posed: Tensor) -> Tensor:
 
 
 def _edges(rest: Tensor, posed: Tensor, neighbours: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Edges at rest [S, K, 3] and posed [F, S, K, 3] of the sampled vertices; zero where there is no neighbour."""
+    """Edges [..., S, K, 3] of the sampled vertices in `rest` and in `posed`; zero where there is no neighbour."""
     beside = neighbours[samples]  # [S, K]
     there = (beside >= 0)[..., None]
     beside = beside.clamp(min=0)
-    return ((rest[samples, None] - rest[beside]) * there, (posed[:, samples, None] - posed[:, beside]) * there)
+    still, moved = ((places[..., samples, None, :] - places[..., beside, :]) * there for places in (rest, posed))
+    return still, moved
 
 
 def arap_energy(rest: Tensor, posed: Tensor, neighbours: Tensor, samples: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def rigidity_loss(rest: Tensor, posed: Tensor, neighbours: Tensor, samples: Tens
     """As-rigid-as-possible energy per edge and relative to the edges' lengths.
 
     A mean, so it changes neither with the number of vertices, samples and frames nor with the size of the object; and it is zero
-    for turns and shifts. Arguments as of `arap_energy`.
+    for turns and shifts. Arguments as of `arap_energy`, but `rest` may also be [F, N, 3]: another pose for each frame.
     """
     still, moved = _edges(rest, posed, neighbours, samples)
     off = (moved - still @ edge_rotations(still, moved).transpose(-1, -2)).square().sum((-1, -2))  # [F, S]

@@ -1,0 +1,172 @@
+"""Stage Two as published: a motion from nothing but pictures, by Gaussians, hex-planes, ARAP and 4D-SDS.
+
+It needs no registration and leaves more of the motion unfound than `fit` (docs/results.md); it is here because the paper is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor, nn
+from track4d_protocol.errors import InputError
+
+from ..gaussians.cloud import Cloud
+from ..gaussians.rasterise import rasterise
+from ..gaussians.spherical_harmonics import sh_colors, sh_from_colors, view_directions
+from ..geometry.mesh import Mesh
+from ..progress import Report, silent
+from .checkpoint import Run
+from .field import BLOCK, HybridField, MotionField, frame_times
+from .footage import Footage
+from .hexplane import PAPER_PLANES, HexPlaneSize
+from .hybrid_features import WIDTH, hybrid_features, reduced_planes, visible_by_rays
+from .losses import arap_energy, reconstruction_loss
+
+Prior = Callable[[Tensor], Tensor]  # pictures [F, V, H, H, 3] of the moving frames on black to the 4D-SDS loss, a scalar
+
+
+@dataclass(frozen=True)
+class PaperPreset:
+    """Weights and schedule of Track4DGen, section 6; what it doesn't say is Animate3D's.
+
+    Attributes:
+        reconstruction, distillation: steps without and with ARAP and 4D-SDS.
+        frames_every: steps after which one more frame takes part.
+        batch: frames per step, in all views; None = all that take part (64 pictures at 4 x 16).
+        picture, sds, arap: weights.
+        arap_samples, arap_neighbours: vertices per step, and edges per vertex.
+        plane_rate, head_rate, color_rate: learning rates of hex-planes, heads and 4D SH.
+        planes: the hex-planes.
+        degree, terms: of the 4D SH.
+    """
+
+    reconstruction: int = 750
+    distillation: int = 250
+    frames_every: int = 50
+    batch: int | None = None
+    picture: float = 100.0
+    sds: float = 0.01
+    arap: float = 10.0
+    arap_samples: int = 512
+    arap_neighbours: int = 3
+    plane_rate: float = 0.01
+    head_rate: float = 1e-4
+    color_rate: float = 2.5e-3
+    planes: HexPlaneSize = PAPER_PLANES
+    degree: int = 0
+    terms: int = 4
+
+
+PAPER = PaperPreset()
+
+
+class FourDGaussians(nn.Module):
+    """The canonical Gaussians' motion field and 4D SH: what the paper optimises.
+
+    Args:
+        field: predicts offsets of position, orientation and scale.
+        coefficients: [G, K, W, 3].
+    """
+
+    def __init__(self, field: HybridField, coefficients: Tensor) -> None:
+        super().__init__()
+        self.field, self.coefficients = field, nn.Parameter(coefficients)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct_motion` found: the mesh's motion, the field, and the 4D SH coefficients [G, K, W, 3]."""
+
+    field: MotionField
+    network: HybridField
+    coefficients: Tensor
+    steps: int
+
+
+def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: PaperPreset = PAPER, features: Tensor | None = None,
+                       prior: Prior | None = None, seed: int = 0, checkpoint: Path | None = None, every: int = 50,
+                       report: Report = silent) -> Reconstruction:
+    """Finds a motion by the pictures of Gaussians (Eq. 6 to 11 of Track4DGen).
+
+    Args:
+        mesh: canonical, in the pose of frame 0; cloud: Gaussians on it, with the colours of the still pictures.
+        footage: the multi-view video.
+        preset: weights and schedule.
+        features: [V, F, C, h, w] of the video model; without them the field has hex-planes alone.
+        prior: the video model's 4D-SDS loss; without it that term is left out.
+        seed: of the start and of the random choices.
+        checkpoint: file that the state goes to every `every` steps, and comes from if it exists.
+        report: called at every step with "fit"; may raise `Cancelled`.
+
+    Raises:
+        InputError: a video of one frame, features that don't fit, a checkpoint of other work.
+    """
+    if footage.frames < 2:
+        raise InputError("bad_video", "The video has one frame.", "Give a video of at least two frames.")
+    generator = torch.Generator().manual_seed(seed)
+    rest_means, rest_quats = (x[0] for x in cloud.pose(mesh.faces, torch.from_numpy(mesh.vertices)[None]))  # [G, 3], [G, 4]
+    field = HybridField(preset.planes, 0 if features is None else WIDTH, generator=generator)
+    model = FourDGaussians(field, sh_from_colors(cloud.colors, preset.degree, preset.terms))
+    rest = torch.cat([rest_means, torch.from_numpy(mesh.vertices)])  # [G + N, 3], so that both are centred by the same mean
+    known = None if features is None else _still_features(mesh, footage, reduced_planes(features), rest)  # [F, G + N, D]
+    diffusion = None if known is None else known[:, :len(cloud)]
+    heads = [parameter for name, parameter in field.named_parameters() if not name.startswith("planes")]
+    optimiser = torch.optim.Adam([{"params": field.planes.parameters(), "lr": preset.plane_rate},
+                                  {"params": heads, "lr": preset.head_rate},
+                                  {"params": [model.coefficients], "lr": preset.color_rate}], eps=1e-15)
+    signature = f"reconstruction with {len(cloud)} Gaussians, {footage.views} x {footage.frames} pictures, {preset}, seed {seed}"
+    run = Run(model, optimiser, generator, signature)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+
+    neighbours = torch.from_numpy(cKDTree(rest_means.numpy()).query(rest_means.numpy(), preset.arap_neighbours + 1)[1][:, 1:])
+    times = torch.from_numpy(frame_times(footage.frames)).float()  # [F]
+    viewmats, Ks = torch.from_numpy(footage.viewmats).float(), torch.from_numpy(footage.Ks).float()
+    total = preset.reconstruction + preset.distillation
+    while run.step < total:
+        report("fit", run.step, total)
+        distilling = run.step >= preset.reconstruction
+        moving = footage.frames - 1 if distilling else min(run.step // preset.frames_every + 1, footage.frames - 1)
+        frames = 1 + torch.randperm(moving, generator=generator)[:preset.batch].sort().values  # [f]
+        offsets = field(rest_means, times[frames], None if diffusion is None else diffusion[frames])
+        means, quats, scales = offsets.apply(rest_means, rest_quats, cloud.scales)  # [f, G, ...]
+        colors = sh_colors(model.coefficients, view_directions(means, viewmats), frames.float(), footage.frames)
+        rgb, _ = rasterise(means, quats, scales, cloud.opacities, colors, viewmats, Ks, footage.size, 0.0)
+        wanted = torch.from_numpy(footage.colors[:, frames.numpy()].astype(np.float32) / 255).transpose(0, 1)  # [f, V, S, S, 3]
+        masks = torch.from_numpy(footage.masks[:, frames.numpy()].astype(np.float32)).transpose(0, 1)  # [f, V, S, S]
+        loss = preset.picture * reconstruction_loss(rgb.clamp(0, 1), wanted, masks)
+        if distilling:
+            samples = torch.randint(len(rest_means), (preset.arap_samples,), generator=generator)
+            loss = loss + preset.arap * arap_energy(rest_means, means, neighbours, samples)
+            if prior is not None:
+                loss = loss + preset.sds * prior(rgb)
+        run.advance(loss)
+        if checkpoint is not None and run.step % every == 0:
+            run.save(checkpoint)
+    report("fit", total, total)
+    motion = _mesh_motion(mesh, field, times, None if known is None else known[:, len(cloud):])
+    return Reconstruction(motion, field, model.coefficients.detach(), run.step)
+
+
+def _still_features(mesh: Mesh, footage: Footage, planes: Tensor, points: Tensor) -> Tensor:
+    """Hybrid features [F, P, D] at the projections of the still object's points [P, 3], as Eq. 6 has them."""
+    viewmats, Ks = torch.from_numpy(footage.viewmats).float(), torch.from_numpy(footage.Ks).float()
+    seen = visible_by_rays(mesh.vertices[None], mesh.faces, points[None].numpy(), footage.viewmats)  # [1, V, P]
+    everywhere = points.expand(footage.frames, *points.shape)
+    return hybrid_features(planes, everywhere, torch.from_numpy(seen).expand(footage.frames, -1, -1), viewmats, Ks, footage.size)
+
+
+def _mesh_motion(mesh: Mesh, field: HybridField, times: Tensor, diffusion: Tensor | None) -> MotionField:
+    """Where the field takes the mesh's vertices; frame 0 is the mesh itself. Nothing is known of what views have seen."""
+    rest = torch.from_numpy(mesh.vertices)
+    vertices = np.empty((len(times), *mesh.vertices.shape), np.float32)
+    with torch.no_grad():
+        for some in torch.arange(len(rest)).split(BLOCK):
+            vertices[:, some] = field.move(rest[some], times, None if diffusion is None else diffusion[:, some]).numpy()
+    vertices[0] = mesh.vertices
+    return MotionField(vertices, np.zeros(vertices.shape[:2], np.float32))
