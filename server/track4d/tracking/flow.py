@@ -69,8 +69,8 @@ def match_points(first: np.ndarray, second: np.ndarray, points: np.ndarray, tole
     return matched, miss < tolerance + 0.05 * np.linalg.norm(there, axis=1)
 
 
-def flow_tracks(grey: np.ndarray, masks: np.ndarray | None, queries: np.ndarray, tolerance: float = 1.0,
-                upsampling: int = 1) -> Tracks:
+def flow_tracks(grey: np.ndarray, masks: np.ndarray | None, queries: np.ndarray, tolerance: float = 2.0,
+                upsampling: int = 2) -> Tracks:
     """Follows points from frame to frame by optical flow, later and earlier than their queries.
 
     A point counts as seen until it leaves the picture or the object, or a step there and back misses its start by more than the
