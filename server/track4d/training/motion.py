@@ -85,15 +85,10 @@ def diffusion_loss(network: MotionUNet, batch: Batch, generator: torch.Generator
     noisy = add_noise(batch.latent, noise, noise_level)
     with torch.autocast("cpu", torch.bfloat16):
         clean = network(noisy, batch.condition, noise_level, batch.tokens, drop)
-    error = (clean.float() - batch.latent) ** 2
-    energy = _over_object(batch.latent**2, batch.mask)
-    errors = _over_object(error, batch.mask)
+    count = batch.mask.sum((1, 2, 3, 4)) * batch.latent.shape[2]  # numbers that describe the object; [B]
+    errors = ((clean.float() - batch.latent).square() * batch.mask).sum((1, 2, 3, 4)) / count
+    energy = batch.latent.square().sum((1, 2, 3, 4)) / count  # a latent is 0 outside of the mask
     return (errors * (energy + SMALL_ENERGY) ** -0.5).mean(), errors.detach().mean()
-
-
-def _over_object(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of [B, V, C, R, R] over channels and the pixels where the object is; [B]."""
-    return (values * mask).sum((1, 2, 3, 4)) / (mask.sum((1, 2, 3, 4)) * values.shape[2])
 
 
 def _write(path: Path, write) -> None:

@@ -53,7 +53,7 @@ def log_snr(noise_level: Tensor, grid: int) -> Tensor:
 def add_noise(latent: Tensor, noise: Tensor, noise_level: Tensor) -> Tensor:
     """Variance-preserving diffusion of [B, ..., R, R] at noise levels [B]."""
     snr = log_snr(noise_level, latent.shape[-1]).reshape(-1, *[1] * (latent.ndim - 1))
-    return torch.sigmoid(snr).sqrt() * latent + torch.sigmoid(-snr).sqrt() * noise
+    return (torch.sigmoid(-snr).sqrt() * noise).addcmul_(torch.sigmoid(snr).sqrt(), latent)
 
 
 @torch.no_grad()

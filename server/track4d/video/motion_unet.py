@@ -172,7 +172,7 @@ class MotionUNet(nn.Module):
         snr = log_snr(noise_level, width)
         scale = (torch.sigmoid(snr) + torch.sigmoid(-snr) * (BASE_GRID / width) ** 2) ** -0.5  # 1 at the base grid
         # Of unit variance after averaging to the base grid; noise where nothing is seen would only distract.
-        noisy = (noisy * scale[:, None, None, None, None]).flatten(0, 1) * mask
+        noisy = noisy.flatten(0, 1) * (mask * scale.repeat_interleave(views)[:, None, None, None])
         codes = position_features(condition[:, 4:7], mask)
         inputs = torch.cat([condition[:, :4], codes, mask], 1)
         places = F.avg_pool2d(torch.cat([codes, mask], 1), 2 * patch)  # [B * V, 16, H / 4, W / 4]
