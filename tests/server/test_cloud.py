@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
-from track4d.gaussians.appearance import refine_appearance
-from track4d.gaussians.cloud import OPACITY, seed_cloud, triangle_quats
-from track4d.gaussians.rasterise import rasterise
+from track4d.gaussians.appearance import refine_appearance, still_psnr
+from track4d.gaussians.cloud import OPACITY, RADIUS, RADIUS_RANGE, seed_cloud, triangle_quats
 from track4d.gaussians.rasterise.dense import rotation_matrices
 from track4d.geometry import zbuffer
 from track4d.geometry.mesh import Mesh
@@ -47,6 +46,28 @@ def test_seeding_covers_the_surface_evenly_and_every_vertex(ball):
     assert (thin == 2).all()
     normals = rotation_matrices(quats)[0, :, :, 2]
     assert ((normals * torch.nn.functional.normalize(means[0], dim=-1)).sum(-1) > 0.99).all()
+
+
+def test_ellipses_reach_to_their_neighbours():
+    """On a ribbon they are long along it and narrow across, and nowhere beyond the limits."""
+    corners = np.array([[0, 0, 0], [1, 0, 0], [1, 0.004, 0], [0, 0.004, 0]])
+    cloud = seeded(Mesh(corners, [[0, 1, 2], [2, 3, 0]]), 100)
+    spacing = (0.004 / 100) ** 0.5
+    along, across = cloud.scales[cloud.triangles == 0, :2].T
+    assert along.median() > 1.3 * across.median()
+    even = RADIUS * spacing
+    assert (cloud.scales[:, :2] >= 0.999 * RADIUS_RANGE[0] * even).all()
+    assert (cloud.scales[:, :2] <= 1.001 * RADIUS_RANGE[1] * even).all()
+
+
+def test_an_even_cover_has_round_discs(ball):
+    scales = seeded(ball).scales[:, :2] / (4 * np.pi / 2000) ** 0.5
+    assert 0.9 * RADIUS < scales.mean() < 1.1 * RADIUS
+    assert abs(float((scales[:, 0] / scales[:, 1]).log().mean())) < 0.1
+
+
+def test_one_gaussian_has_no_neighbours(ball):
+    assert torch.isfinite(seeded(ball, 1).scales).all()
 
 
 def test_colours_come_from_the_texture(ball):
@@ -111,13 +132,9 @@ def test_appearance_comes_closer_to_the_pictures(ball):
     cloud = seeded(ball)
     refined = refine_appearance(cloud, ball.faces, ball.vertices, pictures, rgba[..., 3], viewmats, Ks, steps=30)
 
-    def psnr(cloud):
-        means, quats = cloud.pose(ball.faces, torch.from_numpy(ball.vertices)[None])
-        rgb, _ = rasterise(means, quats, cloud.scales, cloud.opacities, cloud.colors, torch.from_numpy(viewmats),
-                           torch.from_numpy(Ks), 64, BACKGROUND)
-        return float(-10 * np.log10(np.square(rgb[0].numpy() - pictures).mean()))
-
-    assert psnr(refined) > psnr(cloud) + 3
+    views = (pictures, rgba[..., 3], viewmats, Ks)
+    before, after = (still_psnr(x, ball.faces, ball.vertices, *views) for x in (cloud, refined))
+    assert after > before + 3
     assert torch.equal(refined.triangles, cloud.triangles) and torch.equal(refined.barycentric, cloud.barycentric)
     assert ((refined.colors >= 0) & (refined.colors <= 1)).all() and (refined.scales > 0).all()
     assert not refined.colors.requires_grad

@@ -8,7 +8,7 @@ from torch import Tensor
 from track4d_protocol.space import BACKGROUND
 
 from .cloud import Cloud
-from .rasterise import rasterise
+from .rasterise import picture_loss, rasterise
 
 Array = np.ndarray | Tensor
 
@@ -50,14 +50,27 @@ def refine_appearance(cloud: Cloud, faces: Array, vertices: Array, pictures: Arr
         wanted, wanted_alpha, step_Ks = coarse if step < COARSE_SHARE * steps else fine
         rgb, alpha = rasterise(means, quats, scales.exp(), opacities.sigmoid(), colors.sigmoid(), viewmats, step_Ks,
                                wanted.shape[1], background)  # [1, V, H, H, 3], [1, V, H, H]
-        off = rgb[0] - wanted  # [V, H, H, 3]
-        shown = off.abs().mean() + SQUARED_WEIGHT * off.square().mean() + (alpha[0] - wanted_alpha).abs().mean()
+        shown = picture_loss(rgb[0], alpha[0], wanted, wanted_alpha, squared=SQUARED_WEIGHT)
         bigger, recoloured = (scales - first_scales).square().mean(), (colors - first_colors).square().mean()
         optimiser.zero_grad()
         (shown / object_share + KEEP_SCALES * bigger + KEEP_COLORS * recoloured).backward()
         optimiser.step()
     return Cloud(cloud.triangles, cloud.barycentric, scales.detach().exp(), opacities.detach().sigmoid(),
                  colors.detach().sigmoid())
+
+
+def still_psnr(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, alphas: Array, viewmats: Array, Ks: Array,
+               background: float = BACKGROUND) -> float:
+    """How true a cloud is to the views of the still mesh: PSNR in dB over the object's pixels, weighted by `alphas`.
+
+    Arguments as in `refine_appearance`.
+    """
+    vertices, pictures, alphas, viewmats, Ks = (torch.as_tensor(x, dtype=torch.float32, device=cloud.scales.device)
+                                                for x in (vertices, pictures, alphas, viewmats, Ks))
+    means, quats = cloud.pose(faces, vertices[None])  # [1, G, 3], [1, G, 4]
+    rgb, _ = rasterise(means, quats, cloud.scales, cloud.opacities, cloud.colors, viewmats, Ks, pictures.shape[1], background)
+    error = ((rgb[0].clamp(0, 1) - pictures).square().mean(-1) * alphas).sum() / alphas.sum()
+    return float(-10 * error.clamp(min=1e-10).log10())
 
 
 def _halve(pictures: Tensor, alphas: Tensor, Ks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,11 +6,16 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from ..geometry.mesh import Mesh, weld
+from .rasterise.dense import rotation_matrices
 
 RADIUS = 0.6  # standard deviation within the surface, in spacings: neighbours overlap without blurring the texture
+RADIUS_RANGE = 0.35, 1.8  # of what the neighbours make of it, in RADIUS
+NEIGHBOURS = 6
+NEIGHBOUR_SPREAD = 0.75  # standard deviation, in spacings, of so many nearest neighbours along one axis of an even cover
 THICKNESS = 0.06  # standard deviation across the surface, in spacings
 OPACITY = 0.95
 
@@ -85,9 +90,10 @@ def triangle_quats(corners: Tensor) -> Tensor:
 
 
 def seed_cloud(mesh: Mesh, count: int, generator: torch.Generator) -> Cloud:
-    """Covers a mesh with flat discs: one on each vertex, the rest spread evenly over the surface.
+    """Covers a mesh with flat ellipses: one on each vertex, the rest spread over the surface in proportion to its area.
 
-    Vertices get at most half of the Gaussians (a random choice where there are more of them).
+    Vertices get at most half of the Gaussians (a random choice where there are more of them). Each ellipse reaches as far along
+    and across its triangle's first edge as its neighbours lie apart there: less on thin parts and between many vertices.
 
     Args:
         mesh: with some area.
@@ -109,8 +115,20 @@ def seed_cloud(mesh: Mesh, count: int, generator: torch.Generator) -> Cloud:
     uvs = (weights[..., None].numpy() * mesh.uvs[triangles.numpy()]).sum(1)  # [G, 2]
     colors = torch.from_numpy(mesh.corner_colors(uvs, triangles.numpy())).clamp(0, 1)  # [G, 3]
     spacing = float((areas.sum() / count).sqrt())
-    scales = torch.tensor([RADIUS, RADIUS, THICKNESS]).mul(spacing).repeat(count, 1)  # [G, 3]
-    return Cloud(triangles, weights, scales, torch.full((count,), OPACITY), colors)
+    cloud = Cloud(triangles, weights, torch.empty(count, 3), torch.full((count,), OPACITY), colors)
+    cloud.scales = _scales(*(x[0] for x in cloud.pose(faces, torch.from_numpy(mesh.vertices).float()[None])), spacing)
+    return cloud
+
+
+def _scales(means: Tensor, quats: Tensor, spacing: float) -> Tensor:
+    """Standard deviations [G, 3] of Gaussians at `means` [G, 3] from where their neighbours lie in the frames `quats` [G, 4]."""
+    count = min(NEIGHBOURS + 1, len(means))
+    nearest = torch.from_numpy(KDTree(means.numpy()).query(means.numpy(), count)[1].reshape(len(means), count))  # [G, K]
+    axes = rotation_matrices(quats)[..., :2]  # [G, 3, 2]
+    apart = ((means[nearest] - means[:, None]) @ axes).square().sum(1) / NEIGHBOURS  # [G, 2]
+    least, most = (RADIUS * spacing * limit for limit in RADIUS_RANGE)
+    within = (RADIUS / NEIGHBOUR_SPREAD * apart.sqrt()).clamp(least, most)  # [G, 2]
+    return torch.cat([within, torch.full((len(means), 1), THICKNESS * spacing)], 1)
 
 
 def _vertex_samples(mesh: Mesh, areas: np.ndarray) -> tuple[Tensor, Tensor]:
