@@ -2,6 +2,7 @@
 
     python benchmarks/trackers.py accuracy [CLIP ...] [--assets DIR]
     python benchmarks/trackers.py speed [--rounds 1]
+    python benchmarks/trackers.py views [--rounds 1] [--threads 1]
 
 Accuracy: a 15 x 15 grid of query points on the object in frame 0 of four views (16 frames, 256 pixels, textured and lit),
 TAP-Vid's figures over frames 1..15: PCK at 1, 4 and 16 pixels, delta_avg (mean PCK at 1, 2, 4, 8, 16), average Jaccard, occlusion
@@ -9,8 +10,10 @@ accuracy, mean distance of the visible points, and CPU ms per frame and view (fl
 moves.
 
 Speed: full-size network, random weights, one thread, CPU time. "plain" is the same mathematics written straightforwardly: all
-frames encoded in one batch, patches by `grid_sample`, the templates repeated over the frames, explicit softmax, one view after
-another. The batch of views is compared with a loop over the same network.
+frames encoded in one batch, patches by `grid_sample`, the templates repeated over the frames, explicit softmax.
+
+Views: the paper's 8 points a view with the support grid's 36, one iteration of four views in a batch, against one view after
+another in the same network and in the plain one. With more threads wall time counts: only a quiet machine gives a figure then.
 """
 
 from __future__ import annotations
@@ -99,16 +102,17 @@ def plain_attention(self: Attention, x: Tensor, context: Tensor) -> Tensor:
     return self.to_out((weights @ v).transpose(1, 2).flatten(2))
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.process_time()
+def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     work()
-    return time.process_time() - start
+    return clock() - start
 
 
-def compared(name: str, first: Callable[[], object], second: Callable[[], object], rounds: int) -> None:
-    """Prints the CPU seconds of two ways in turn, and the median of their ratios."""
+def compared(name: str, first: Callable[[], object], second: Callable[[], object], rounds: int,
+             clock: Callable[[], float] = time.process_time) -> None:
+    """Prints the seconds of two ways in turn, and the median of their ratios."""
     first(), second()
-    times = [(seconds(first), seconds(second)) for _ in range(rounds)]
+    times = [(seconds(first, clock), seconds(second, clock)) for _ in range(rounds)]
     ratio = statistics.median(b / a for a, b in times)
     print(f"{name:58}{min(a for a, _ in times):10.2f}{min(b for _, b in times):10.2f}{ratio:8.2f}", flush=True)
 
@@ -154,33 +158,43 @@ def speed(rounds: int) -> None:
     compared("whole clip, 225 points, 6 iterations: ours / plain", lambda: ours.locate(ours.encode(video), queries),
              lambda: with_plain_attention(lambda: plain.locate(plain.encode(video), queries)), rounds)
 
-    for views, points in ((4, 44), (8, 44)):  # the paper's 8 points a view with the support grid's 36
-        queries = to_cells(queries_of(ours, views, 8, 0)[:, :points])
-        small = F.interpolate(video[0, :16], (128, 128))[None].expand(views, -1, -1, -1, -1)
-        pyramid = ours.encode(small[:1])
-        together = [level.expand(views, -1, -1, -1, -1).contiguous() for level in pyramid]
 
-        def batch(queries: Tensor = queries, together: list[Tensor] = together) -> None:
-            ours.locate(together, queries, 1)
+@torch.inference_mode()
+def views(rounds: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    ours, plain = CoTracker3().eval(), PlainCoTracker3().eval()
+    plain.load_state_dict(ours.state_dict())
+    queries = to_cells(queries_of(ours, 4, 8, 0)[:, :44] * torch.tensor([1, 0.25, 0.25]))
+    video = torch.rand(4, 16, 3, 96, 128) * 255
+    pyramid, plain_pyramid = ours.encode(video), plain.encode(video)
 
-        def loop(queries: Tensor = queries, pyramid: list[Tensor] = pyramid) -> None:
-            for view in queries:
-                ours.locate(pyramid, view[None], 1)
+    def loop(model: CoTracker3, levels: list[Tensor]) -> None:
+        for v in range(len(queries)):
+            model.locate([level[v:v + 1] for level in levels], queries[v:v + 1], 1)
 
-        compared(f"{views} views of {points} points, one iteration: batch / loop", batch, loop, rounds)
+    title = f"4 views of 44 points, 16 frames, {threads} thread{'s' * (threads > 1)}"
+    print(f"{title:58}{'ours':>10}{'other':>10}{'ratio':>8}")
+    compared("batch / loop", lambda: ours.locate(pyramid, queries, 1), lambda: loop(ours, pyramid), rounds, clock)
+    compared("batch / plain loop", lambda: ours.locate(pyramid, queries, 1),
+             lambda: with_plain_attention(lambda: loop(plain, plain_pyramid)), rounds, clock)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("accuracy", "speed"))
+    parser.add_argument("what", choices=("accuracy", "speed", "views"))
     parser.add_argument("clips", nargs="*", default=list(CLIPS))
     parser.add_argument("--assets", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "assets")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of `views`")
     arguments = parser.parse_args()
     if arguments.what == "accuracy":
         accuracy(arguments.clips, arguments.assets)
-    else:
+    elif arguments.what == "speed":
         speed(arguments.rounds)
+    else:
+        views(arguments.rounds, arguments.threads)
 
 
 if __name__ == "__main__":

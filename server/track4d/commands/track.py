@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -161,7 +161,7 @@ def write_video(path: Path, pictures: np.ndarray, rate: float) -> None:
     partial = path.with_name(f".{path.name}")
     with av.open(str(partial), "w") as container:
         codec = "libvpx-vp9" if path.suffix.lower() == ".webm" else "libx264"
-        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001), options={"crf": "18"})
+        stream: Any = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001), options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = pictures.shape[2], pictures.shape[1], "yuv420p"
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

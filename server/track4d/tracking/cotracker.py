@@ -150,7 +150,7 @@ class UpdateFormer(nn.Module):
         """Tokens [B, N, T, inputs] to updates [B, N, T, 4]."""
         batch, _, frames, _ = x.shape
         x = self.input_transform(x)  # [B, N, T, D]
-        virtual = self.virual_tracks  # [1, virtual, 1, D]: alike in every view and frame until they have looked at points
+        virtual: Tensor = self.virual_tracks  # [1, virtual, 1, D]: alike in every view and frame until they have looked at points
         for k, time_block in enumerate(self.time_blocks):
             x = time_block(x.flatten(0, 1)).view(x.shape)
             if space:
