@@ -17,6 +17,7 @@ STAGES = {  # the server's names of its stages, as a user reads them
     "canonicalise": "Preparing the mesh",
     "generate": "Imagining the motion",
     "fit": "Fitting the motion",
+    "refine": "Refining the motion",
     "appearance": "Fitting the colours",
     "sample": "Sampling frames",
     "cancelling": "Cancelling",

@@ -18,6 +18,7 @@ FRONTS = (
 PRESETS = (
     ("fast", "Fast", "A quick look at the motion"),
     ("default", "Default", "The quality that is meant to be kept"),
+    ("fine", "Fine", "More Gaussians and more work on motion and colours"),
 )
 
 

@@ -12,7 +12,7 @@ from .errors import InputError, TransportError
 from .limits import LIMITS, Limits
 from .space import FRONTS
 
-PRESETS = ("fast", "default")
+PRESETS = ("fast", "default", "fine", "paper")
 STRONGEST = 3.0
 TASKS = ("animate", "fit")  # from a prompt | from a video that the request brings
 
@@ -92,7 +92,8 @@ class Result:
     Attributes:
         report: prompt, seed, preset, seconds per stage, warnings, versions, model and figures.
         arrays: vertices f32 [F, N, 3] in the request's space; video uint8 [V, F, R, R, 3]; gaussian_means [F, G, 3],
-            gaussian_quats [F, G, 4] wxyz, gaussian_scales [G, 3], gaussian_opacities [G], gaussian_colors [G, 3].
+            gaussian_quats [F, G, 4] wxyz, gaussian_scales [G, 3], gaussian_opacities [G], gaussian_colors [G, 3],
+            gaussian_sh [G, K, W, 3] (4D SH, see `splats.Splats`).
     """
 
     report: dict[str, Any]

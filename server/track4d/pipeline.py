@@ -15,12 +15,16 @@ from track4d_protocol.space import BACKGROUND, Similarity, canonical_similarity
 
 from .gaussians.appearance import refine_appearance
 from .gaussians.cloud import Cloud, seed_cloud
+from .gaussians.light import fit_colors, resample_sh
+from .gaussians.spherical_harmonics import rotate_sh, sh_from_colors
 from .geometry.mesh import Mesh, check_mesh
 from .geometry.zbuffer import over, render
 from .motion.appearance import estimate_shading
 from .motion.direction import directed
 from .motion.fit import Tracks3D, fit_motion
 from .motion.footage import read_footage
+from .motion.reconstruct import reconstruct_motion
+from .motion.refine import object_pictures, refine_motion
 from .presets import FITTED_FRAMES, PRESETS, Preset
 from .progress import Report
 from .video.generator import MotionGenerator, decode_video
@@ -70,11 +74,23 @@ def run(request: Request, report: Report) -> Result:
         stills = read_footage(video, viewmats, Ks).straight_views()
         shading = estimate_shading(mesh, stills, viewmats, Ks)
 
-    with clock("fit"):  # Stage Two
-        field = fit_motion(mesh, video, filming, Ks, shading, tracks, quality.fit, settings.seed, report)
-
-    with clock("appearance"):
+    with clock("appearance"):  # Stage Two
         cloud = surface_gaussians(mesh, stills, viewmats, Ks, quality, settings.seed)
+        sh = sh_from_colors(cloud.colors)  # [G, K, W, 3]
+
+    footage = read_footage(video, filming, Ks)
+    with clock("fit"):
+        if quality.paper is None:
+            field = fit_motion(mesh, video, filming, Ks, shading, tracks, quality.fit, settings.seed, report)
+        else:
+            found = reconstruct_motion(mesh, cloud, footage, quality.paper, seed=settings.seed, report=report)
+            field, sh = found.field, found.coefficients
+    if tracks is None and quality.paper is None:  # the generator's video shows its tracks and nothing else: no more to be learnt
+        with clock("refine"):
+            field = refine_motion(mesh, field, footage, shading, quality.refine, seed=settings.seed, report=report).field
+            if quality.color_steps:
+                sh = fit_colors(cloud, mesh.faces, field.vertices, object_pictures(footage), footage.viewmats, footage.Ks,
+                                quality.sh_degree, quality.sh_terms, quality.color_steps, settings.seed, report=report)
 
     with clock("sample"):
         strength = settings.strength if settings.task == "fit" else 1.0  # a generated motion has it already
@@ -98,6 +114,7 @@ def run(request: Request, report: Report) -> Result:
             "gaussian_scales": (cloud.scales / similarity.scale).numpy().astype(np.float32),
             "gaussian_opacities": cloud.opacities.numpy(),
             "gaussian_colors": cloud.colors.numpy(),
+            "gaussian_sh": turned_sh(resample_sh(sh, footage.frames, settings.frames), similarity).numpy(),
         },
     )
 
@@ -213,3 +230,8 @@ def turned_back(quats: torch.Tensor, similarity: Similarity) -> torch.Tensor:
     a, b, c, d = quats.unbind(-1)
     return torch.stack([w * a - x * b - y * c - z * d, w * b + x * a + y * d - z * c,
                         w * c - x * d + y * a + z * b, w * d + x * c - y * b + z * a], -1).float()
+
+
+def turned_sh(coefficients: torch.Tensor, similarity: Similarity) -> torch.Tensor:
+    """4D SH [G, K, W, 3] from canonical space to the user's space."""
+    return rotate_sh(coefficients, torch.from_numpy(similarity.rotation.T))

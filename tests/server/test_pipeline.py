@@ -55,6 +55,9 @@ def test_the_gaussians_follow_the_mesh(capsule, result) -> None:
         assert ((means[frame] > low) & (means[frame] < high)).all()
     assert result.arrays["gaussian_scales"].mean() > 0.02  # in the user's units, not in canonical ones
     np.testing.assert_allclose(np.linalg.norm(result.arrays["gaussian_quats"], axis=-1), 1, atol=1e-4)
+    sh = result.arrays["gaussian_sh"]  # the generator's light doesn't change: static colours
+    assert sh.shape == (len(result.arrays["gaussian_colors"]), 1, 1, 3)
+    np.testing.assert_allclose(0.5 + 0.2820948 * sh[:, 0, 0], result.arrays["gaussian_colors"], atol=1e-5)
 
 
 def test_the_film_shows_it(result) -> None:

@@ -74,7 +74,7 @@ class RefinePreset:
     compared: int = 1000
     rigid_samples: int = 128
     rigidity: float = 1.0
-    steadiness: float = 4.0
+    steadiness: float = 2.0
     smoothness: float = 0.0
     tracks: float = 10.0
     pinned: float = 10.0
