@@ -52,7 +52,10 @@ def write_published(folder: Path, seed: int = 0) -> Path:
     vae.save_pretrained(base / "vae", safe_serialization=False)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=514, hidden_size=24, intermediate_size=32, num_hidden_layers=1,
                                         num_attention_heads=2, bos_token_id=512, eos_token_id=513))
-    text.save_pretrained(base / "text_encoder")
+    text.config.save_pretrained(base / "text_encoder")
+    older = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text.state_dict().items()}
+    torch.save(older | {"text_model.embeddings.position_ids": torch.arange(77)[None]},  # as transformers 4.25 wrote them
+               base / "text_encoder" / "pytorch_model.bin")
 
     motion = folder / "animate3d"
     motion.mkdir()

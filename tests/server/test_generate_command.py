@@ -136,7 +136,8 @@ def test_cameras_of_the_users_own_are_checked(stills: Path, tmp_path: Path) -> N
     cameras.write_text(json.dumps(good))
     pictures, viewmats, Ks = command.stills(stills, "-Y")
     assert pictures.shape == (4, 24, 40, 4) and viewmats.shape == (4, 4, 4) and Ks.shape == (4, 3, 3)
-    for spoilt in ([], good | {"Ks": [[1]]}, good | {"space": "world"}, {"Ks": good["Ks"]}):
+    three = {"viewmats": good["viewmats"][:3]}
+    for spoilt in ([], good | {"Ks": [[1]]}, good | {"space": "world"}, good | three, {"Ks": good["Ks"]}):
         cameras.write_text(json.dumps(spoilt))
         with pytest.raises(InputError) as refused:
             command.stills(stills, "-Y")

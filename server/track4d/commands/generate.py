@@ -55,6 +55,7 @@ def generate(
                          "Use --model small or published for pictures, loops and FreeInit.")
     if not prompt.strip():
         raise InputError("empty_prompt", "The prompt is empty.", "Say what happens, such as 'the fox is running'.")
+    check_settings(frames, steps, freeinit, loop)
     with Progress(console=console) as progress:
         bar = progress.add_task("generate", total=None)
 
@@ -62,13 +63,11 @@ def generate(
             progress.update(bar, completed=step, total=total)
 
         if model == "motion":
-            check_settings(np.zeros((4, 1, 1, 4), np.uint8), np.zeros((4, 4, 4)), frames, steps, freeinit, loop)
             video, viewmats, Ks = of_motion(source, prompt, front, frames, steps, guidance, seed, report)
         else:
             from ..video.sampling import GUIDANCE
 
             pictures, viewmats, Ks = stills(source, front)
-            check_settings(pictures, viewmats, frames, steps, freeinit, loop)
             painter = load_painter(model, weights)
             note(painter.prompt_warnings(prompt))
             strength = GUIDANCE if guidance is None else guidance
@@ -161,8 +160,10 @@ def stills(source: Path, front: str) -> tuple[np.ndarray, np.ndarray, np.ndarray
     try:
         data = json.loads(cameras.read_text())
         viewmats, Ks = np.array(data["viewmats"], np.float32), np.array(data["Ks"], np.float32)
-        if data.get("space", "canonical") != "canonical" or Ks.shape != (len(pictures), 3, 3):
-            raise ValueError(f"space {data.get('space')}, Ks {list(Ks.shape)}")
+        if viewmats.shape != (len(pictures), 4, 4) or Ks.shape != (len(pictures), 3, 3):
+            raise ValueError(f"viewmats {list(viewmats.shape)} and Ks {list(Ks.shape)} for {len(pictures)} pictures")
+        if data.get("space", "canonical") != "canonical":
+            raise ValueError(f"the space {data['space']}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputError("bad_cameras", f"'{cameras}' can't be read: {error!r}.",
                          "Give canonical viewmats and a 3x3 matrix in Ks for each picture.") from error

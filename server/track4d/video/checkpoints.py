@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,6 +237,7 @@ def unet_config(base: Mapping[str, Any], adapter: Mapping[str, Tensor]) -> UNetC
                       image_tokens=projection.shape[0] // text)
 
 
+@lru_cache(maxsize=2)
 def expected_tensors(config: UNetConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor of a U-Net; takes no memory."""
     with torch.device("meta"):
@@ -365,7 +367,8 @@ def _complete(kind: Any, place: Path) -> Any:
     """A pretrained model of diffusers or transformers, refused if a tensor is absent or of another size."""
     again = "Check that its download is complete."
     try:
-        model, report = kind.from_pretrained(place, output_loading_info=True, local_files_only=True)
+        safe = any(place.glob("*.safetensors"))
+        model, report = kind.from_pretrained(place, output_loading_info=True, local_files_only=True, use_safetensors=safe)
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise InputError("checkpoint_damaged", f"'{place}' can't be read: {_first_line(error)}.", again) from error
     wrong = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]

@@ -224,7 +224,8 @@ class MultiViewVideo:
         Raises:
             InputError: pictures, cameras or settings that can't be used, or too little memory.
         """
-        check_settings(pictures, viewmats, frames, steps, freeinit, loop)
+        check_pictures(pictures, viewmats)
+        check_settings(frames, steps, freeinit, loop)
         rest, (height, width) = fitted(pictures, self.size, self.cell)
         conditions = self.conditions(prompt, torch.from_numpy(np.asarray(viewmats, np.float32)), rest)
         generator = torch.Generator().manual_seed(seed)
@@ -245,11 +246,11 @@ class MultiViewVideo:
         return np.stack([straight_bytes(self.decode(view)[..., :height, :width]) for view in latents])
 
 
-def check_settings(pictures: np.ndarray, viewmats: np.ndarray, frames: int, steps: int, freeinit: int, loop: bool) -> None:
-    """Refuses what no model can work on.
+def check_pictures(pictures: np.ndarray, viewmats: np.ndarray) -> None:
+    """Refuses pictures and cameras that don't belong together.
 
     Raises:
-        InputError: bad_pictures, bad_cameras, bad_settings.
+        InputError: bad_pictures, bad_cameras.
     """
     if pictures.ndim != 4 or pictures.shape[-1] not in (3, 4) or pictures.dtype != np.uint8 or 0 in pictures.shape:
         raise InputError("bad_pictures", f"The pictures are {pictures.dtype} {list(pictures.shape)}.",
@@ -257,6 +258,14 @@ def check_settings(pictures: np.ndarray, viewmats: np.ndarray, frames: int, step
     if np.shape(viewmats) != (len(pictures), 4, 4) or not np.isfinite(viewmats).all():
         raise InputError("bad_cameras", f"There are {len(pictures)} pictures and cameras of shape {list(np.shape(viewmats))}.",
                          "Give one finite 4x4 world-to-camera matrix per picture.")
+
+
+def check_settings(frames: int, steps: int, freeinit: int = 1, loop: bool = False) -> None:
+    """Refuses what no sampler can do.
+
+    Raises:
+        InputError: bad_settings.
+    """
     fewest = 4 if loop else 2
     if frames < fewest:
         raise InputError("bad_settings", f"{frames} frames were asked for.", f"Ask for at least {fewest}.")
