@@ -2,6 +2,7 @@
 
     python benchmarks/rasterise.py           the CPU rasteriser, beside its prototype where that is at hand
     python benchmarks/rasterise.py --gpu     gsplat beside it
+    python benchmarks/rasterise.py --batch   cost over the number of pictures, of the loss, and of a whole step of a fit
 
 Both sides run in turn in one process, so that their ratio means something on a busy machine: the ratio is the median
 over the rounds of (ours / theirs). OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 gives the cost on one core. Ours is all
@@ -16,13 +17,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from track4d.gaussians.rasterise import rasterise
+from track4d.gaussians.rasterise import picture_loss, rasterise
 from track4d.gaussians.rasterise.dense import rasterise_dense
 from track4d_protocol.space import intrinsics, orbit_viewmats
 
@@ -136,6 +138,58 @@ def benchmark_cpu(console: Console, rounds: int) -> None:
     console.print(errors)
 
 
+def fit_step(scene: dict) -> Callable[[], None]:
+    """One step of a fit of everything that can be learnt, positions and orientations per frame: draw, loss, backward, Adam."""
+    leaves = {name: scene[name].clone().requires_grad_() for name in LEARNT}
+    optimiser = torch.optim.Adam(leaves.values(), lr=1e-5, fused=True)
+    frames, size = len(scene["means"]), scene["size"]
+    wanted, wanted_alpha = torch.rand(frames, VIEWS, size, size, 3), torch.rand(frames, VIEWS, size, size)
+
+    def run() -> None:
+        optimiser.zero_grad()
+        picture_loss(*rasterise(**{**scene, **leaves}), wanted, wanted_alpha, squared=0.2).backward()
+        optimiser.step()
+
+    return run
+
+
+def loss_step(loss: Callable, frames: int, size: int) -> Callable[[], None]:
+    """Value and gradient of a loss of all pictures."""
+    drawn, wanted = torch.rand(2, frames, VIEWS, size, size, 3)
+    alpha, wanted_alpha = torch.rand(2, frames, VIEWS, size, size)
+    drawn.requires_grad_(), alpha.requires_grad_()
+
+    def run() -> None:
+        drawn.grad = alpha.grad = None
+        loss(drawn, alpha, wanted, wanted_alpha).backward()
+
+    return run
+
+
+def torch_loss(rgb: torch.Tensor, alpha: torch.Tensor, wanted_rgb: torch.Tensor, wanted_alpha: torch.Tensor) -> torch.Tensor:
+    off = rgb - wanted_rgb
+    return off.abs().mean() + 0.2 * off.square().mean() + (alpha - wanted_alpha).abs().mean()
+
+
+def benchmark_batch(console: Console, rounds: int) -> None:
+    table = Table(title="One call over frames x views, forward + backward, CPU ms (min)")
+    for column in ("Gaussians", "pixels", "frames x views", "rasteriser", "per picture", "whole step",
+                   "step / rasteriser (median)", "loss, fused", "loss, torch"):
+        table.add_column(column, justify="right")
+    for (gaussians, size), counts in ((CASES[0], (1, 2, 4, 8, 16)), (CASES[1], (1, 4, 16))):
+        for frames in counts:
+            scene = torus_scene(gaussians, size, frames)
+            weights = torch.randn(frames, VIEWS, size, size, 3, generator=torch.Generator().manual_seed(2))
+            draw, whole, fused, plain = in_turn([
+                lambda scene=scene, weights=weights: step(scene, weights), fit_step(scene),  # type: ignore[misc]
+                loss_step(partial(picture_loss, squared=0.2), frames, size), loss_step(torch_loss, frames, size)], rounds)
+            ratio = statistics.median(a / b for a, b in zip(whole, draw))
+            table.add_row(f"{gaussians:,}", str(size), f"{frames} x {VIEWS}", f"{1e3 * min(draw):.1f}",
+                          f"{1e3 * min(draw) / (frames * VIEWS):.2f}", f"{1e3 * min(whole):.1f}", f"{ratio:.2f}",
+                          f"{1e3 * min(fused):.1f}", f"{1e3 * min(plain):.1f}")
+    console.print(table)
+
+
 def benchmark_gpu(console: Console, rounds: int) -> None:
     if not torch.cuda.is_available():
         console.print("gsplat: not measured, torch finds no CUDA device here.")
@@ -166,6 +220,8 @@ def benchmark_gpu(console: Console, rounds: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="compare gsplat with the CPU rasteriser")
+    parser.add_argument("--batch", action="store_true", help="cost over the number of pictures, and of a step of a fit")
     parser.add_argument("--rounds", type=int, default=10, help="how often each side runs")
     arguments = parser.parse_args()
-    (benchmark_gpu if arguments.gpu else benchmark_cpu)(Console(width=110), arguments.rounds)
+    benchmark = benchmark_gpu if arguments.gpu else benchmark_batch if arguments.batch else benchmark_cpu
+    benchmark(Console(width=110), arguments.rounds)

@@ -193,6 +193,15 @@ def test_a_grey_background_and_other_dtypes_are_accepted():
     assert grey.dtype == same.dtype == torch.float32 and torch.equal(grey, same)
 
 
+def test_all_frames_and_views_are_one_call_of_each_kernel(monkeypatch):
+    calls = []
+    for module, name in ((blending, "draw"), (blending, "draw_backward"), (projection, "project_backward")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arrays, name=name, kernel=kernel: calls.append(name) or kernel(*arrays))
+    draw(make_scene(frames=5, views=3, gaussians=20, size=16))
+    assert calls == ["draw", "draw_backward", "project_backward"]
+
+
 def test_two_forwards_before_their_backwards():
     """No call may overwrite what the backward of another one needs."""
     first, second = make_scene(seed=10), make_scene(seed=11, gaussians=300)

@@ -116,7 +116,8 @@ def seed_cloud(mesh: Mesh, count: int, generator: torch.Generator) -> Cloud:
     colors = torch.from_numpy(mesh.corner_colors(uvs, triangles.numpy())).clamp(0, 1)  # [G, 3]
     spacing = float((areas.sum() / count).sqrt())
     cloud = Cloud(triangles, weights, torch.empty(count, 3), torch.full((count,), OPACITY), colors)
-    cloud.scales = _scales(*(x[0] for x in cloud.pose(faces, torch.from_numpy(mesh.vertices).float()[None])), spacing)
+    (means,), (quats,) = cloud.pose(faces, torch.from_numpy(mesh.vertices).float()[None])  # [G, 3], [G, 4]
+    cloud.scales = _scales(means, quats, spacing)
     return cloud
 
 
