@@ -82,6 +82,7 @@ def run(request: Request, report: Report) -> Result:
     with clock("fit"):
         if quality.paper is None:
             field = fit_motion(mesh, video, filming, Ks, shading, tracks, quality.fit, settings.seed, report)
+            warnings += field.warnings
         else:
             found = reconstruct_motion(mesh, cloud, footage, quality.paper, seed=settings.seed, report=report)
             field, sh = found.field, found.coefficients

@@ -232,7 +232,7 @@ def test_faces_without_area_and_loose_vertices(bent):
     assert error(field.vertices[:, :count], truth[:2]) < 0.3
 
 
-def test_large_mesh_goes_through_clusters():
+def test_large_mesh_goes_through_a_proxy():
     mesh = capsule(250, 240)  # 60,000 vertices
     assert len(weld(mesh.vertices)[0]) > nodes_module.LARGEST_SURFACE
     truth = bend(mesh.vertices, 2, 0.2)
@@ -249,7 +249,7 @@ def test_nodes_reproduce_rest_and_rigid_motion():
     mesh = capsule()
     first, inverse = weld(mesh.vertices)
     surface = Mesh(mesh.vertices[first], inverse[mesh.faces])
-    nodes = build_nodes(surface.vertices, surface.vertex_normals(), surface.edges(), 50)
+    nodes = build_nodes(surface, 50)
     rest = np.tile(np.eye(3), (50, 1, 1))
     np.testing.assert_allclose(nodes.pose(rest, nodes.rest), surface.vertices, atol=1e-6)
     turn = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])

@@ -116,6 +116,10 @@ def add_edges(band, gradient, tails, heads, spokes, residuals, weights):
 
 
 def solve_band(band: np.ndarray, gradient: np.ndarray, damping: float = 1e-3) -> np.ndarray:
-    """The damped step -H^-1 g; H is `band` [n, width] (overwritten), g is [n]."""
-    band[:, 0] += damping * (1 + band[:, 0]) + 1e-6
-    return -scipy.linalg.solveh_banded(band.T, gradient, overwrite_ab=True, lower=True, check_finite=False)
+    """The damped step -H^-1 g; H is `band` [n, width], g is [n]. All nan where H is not positive definite."""
+    damped = band.copy()
+    damped[:, 0] += damping * (1 + band[:, 0]) + 1e-6
+    try:
+        return -scipy.linalg.solveh_banded(damped.T, gradient, overwrite_ab=True, lower=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        return np.full_like(gradient, np.nan)

@@ -24,11 +24,13 @@ class MotionField:
         vertices: [F, N, 3] float32, canonical.
         confidence: [F, N] float32 in 0..1: 0 = no view saw the vertex (its neighbours carry it), 0.5 = one, 0.75 = two, ...
         loops: the motion goes on from the last frame to the first, which is one step away.
+        warnings: what could not be observed, each with code, message and action.
     """
 
     vertices: np.ndarray
     confidence: np.ndarray
     loops: bool = False
+    warnings: tuple[dict[str, str], ...] = ()
 
     @property
     def times(self) -> np.ndarray:

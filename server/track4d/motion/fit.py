@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import psutil
 from threadpoolctl import threadpool_limits
 from track4d_protocol.errors import InputError
 
@@ -16,12 +17,16 @@ from ..geometry.mesh import Mesh, check_mesh, weld
 from ..progress import Report, silent
 from .appearance import estimate_shading
 from .field import MotionField
-from .footage import Footage, read_footage
-from .nodes import build_nodes
+from .footage import WORKING_SIZE, Footage, read_footage
+from .nodes import LARGEST_SURFACE, build_nodes
 from .register import Look, Places, Pose, Registration
 
 LEAST_OVERLAP = 0.7  # intersection over union of the silhouettes in frame 0
 LEAST_PSNR = 12.0  # dB on the object in frame 0
+# What the fit takes at its peak, measured; bytes.
+STARTS = 2  # fitted side by side
+PIXEL_BYTES = 4 * 36 + 80  # of a view's picture while it is rendered: fragments at twice the size, colours, flow
+VERTEX_BYTES, TRIANGLE_BYTES = 1000, 500  # welding, edges, binding
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class Tracks3D:
 
 
 def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, shading: np.ndarray | None = None,
-               tracks: Tracks3D | None = None, preset: FitPreset = DEFAULT, seed: int = 0,
-               report: Report = silent) -> MotionField:
+               tracks: Tracks3D | None = None, preset: FitPreset = DEFAULT, seed: int = 0, report: Report = silent,
+               masks: np.ndarray | None = None) -> MotionField:
     """Finds the motion of a mesh in a multi-view video.
 
     Args:
@@ -78,15 +83,18 @@ def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarr
         preset: how much work to do.
         seed: of the surface points that are matched.
         report: called at least once per frame with "fit"; may raise `Cancelled`.
+        masks: [V, F, H, W] bool, where the object is, for a video with neither alpha nor a plain background.
 
     Returns:
-        The motion at the video's frames; frame 0 is the mesh as given.
+        The motion at the video's frames; frame 0 is the mesh as given. Its warnings say what could not be observed.
 
     Raises:
-        InputError: a mesh without surface, a video that does not fit the cameras, has no mask or does not show the mesh.
+        InputError: a mesh without surface, a video that does not fit the cameras, has no mask or does not show the mesh, or a fit
+            that needs more memory than there is.
     """
     check_mesh(mesh.vertices, mesh.faces)
-    footage = read_footage(video, viewmats, Ks)
+    check_memory(np.shape(video), len(mesh.vertices), len(mesh.faces), preset.nodes)
+    footage = read_footage(video, viewmats, Ks, masks)
     total = max(1, (footage.frames - 1) * len(preset.rounds if tracks is None else preset.track_rounds))
     report("fit", 0, total)
     if shading is None:
@@ -96,9 +104,7 @@ def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarr
 
     first, welded = weld(mesh.vertices)
     surface = Mesh(mesh.vertices[first], welded[mesh.faces])
-    edges = surface.edges()
-    edges = edges[edges[:, 0] != edges[:, 1]]
-    nodes = build_nodes(surface.vertices, surface.vertex_normals(), edges, preset.nodes)
+    nodes = build_nodes(surface, preset.nodes)
     report("fit", 0, total)
     stiffness = preset.stiffness if tracks is None else preset.track_stiffness
     registration = Registration(mesh, welded, nodes, footage, shading, preset.points, stiffness, preset.steps, seed)
@@ -119,23 +125,30 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
             report: Report) -> MotionField:
     """Fits one frame after the other, each from the extrapolated motion."""
     footage, mesh = registration.footage, registration.mesh
+    present = ~footage.lost.all(0)  # [F]
     pose = before = Pose.at_rest(registration.nodes)
     look = registration.look(pose)
-    vertices = np.empty((footage.frames, *mesh.vertices.shape), np.float32)
-    vertices[0] = mesh.vertices
-    views = np.zeros(vertices.shape[:2], np.int64)
+    poses = [pose]
+    views = np.zeros((footage.frames, len(mesh.vertices)), np.int64)
     views[0] = registration.evidence(pose, look, 0)
     done = 0
     with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
         for frame in range(1, footage.frames):
-            guess = pose.extrapolated(before)
             tracked = None if places is None else places[frame]
+            if tracked is None and not present[frame]:
+                poses.append(pose)
+                done += len(rounds)
+                report("fit", done, total)
+                continue
+            guess = pose.extrapolated(before)
+            anchor = registration.points(guess) if footage.views == 1 and tracked is None else None
             if tracked is not None:
                 starts = [registration.follow_places(guess, tracked)]
             else:
-                starts = [registration.follow_flow(guess, frame, look), guess]
+                starts = [registration.follow_flow(guess, frame, look, anchor), guess]
             for rigidity in rounds:
-                starts = list(pool.map(lambda start: registration.refine(start, frame, rigidity, tracked), starts))  # noqa: B023
+                starts = list(pool.map(lambda start: registration.refine(start, frame, rigidity, tracked, anchor),  # noqa: B023
+                                       starts))
                 done += 1
                 report("fit", done, total, _preview(look))
             if tracked is not None:
@@ -143,9 +156,64 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
             looks = list(pool.map(registration.look, starts))
             best = int(np.argmin([registration.cost(one, frame) for one in looks]))
             before, pose, look = pose, starts[best], looks[best]
-            vertices[frame] = registration.vertices(pose)
+            poses.append(pose)
             views[frame] = registration.evidence(pose, look, frame)
-    return MotionField(vertices, (1 - 0.5**views).astype(np.float32))
+    if places is None:
+        still = registration.still_pieces(poses)
+        poses = [pose.held(still, poses[0]) for pose in poses]
+    vertices = np.stack([mesh.vertices] + [registration.vertices(pose) for pose in poses[1:]])
+    if places is None:
+        _bridge_gaps(vertices, present)
+    return MotionField(vertices, (1 - 0.5**views).astype(np.float32), warnings=_warnings(footage, views, registration.rejected))
+
+
+def _bridge_gaps(vertices: np.ndarray, present: np.ndarray) -> None:
+    """Fills the frames [F] of `vertices` [F, N, 3] that no picture shows: half-way between their neighbours in time."""
+    there = np.nonzero(present)[0]
+    for frame in np.nonzero(~present)[0]:
+        before, after = there[there < frame].max(), there[there > frame].min(initial=len(present))
+        if after == len(present):
+            vertices[frame] = vertices[before]
+        else:
+            share = np.float32((frame - before) / (after - before))
+            vertices[frame] = (1 - share) * vertices[before] + share * vertices[after]
+
+
+def _warnings(footage: Footage, views: np.ndarray, rejected: int) -> tuple[dict[str, str], ...]:
+    """What the video did not show; views [F, N] is how many views see each vertex."""
+    out = []
+    if footage.lost.any():
+        view, frame = np.argwhere(footage.lost)[0]
+        out.append({"code": "lost_pictures", "message": f"{int(footage.lost.sum())} of the video's {footage.lost.size} pictures "
+                    f"show nothing (the first: view {view}, frame {frame}).",
+                    "action": "The other views and the frames beside carry the motion there; render those pictures again."})
+    if footage.views == 1:
+        unseen = float((views.max(0) == 0).mean())
+        out.append({"code": "one_view", "message": "The video has one view: motion towards the camera and away from it was "
+                    f"hardly observed, and {unseen:.0%} of the vertices never were; they follow their neighbours.",
+                    "action": "Give a second view from the side for motion in depth."})
+    if rejected:
+        out.append({"code": "unstable_motion", "message": f"{rejected} steps of the fit would have thrown the surface about and "
+                    "were damped or left out.", "action": "Look at the result; more views or a steadier video help."})
+    return tuple(out)
+
+
+def check_memory(video: tuple[int, ...], vertices: int, triangles: int, nodes: int) -> None:
+    """Raises:
+        InputError: the fit of this video [V, F, H, W, C] and mesh would not fit into the memory that is free.
+    """
+    if len(video) != 5:
+        return  # `read_footage` says what is wrong
+    views, frames = video[:2]
+    size = min(video[2], WORKING_SIZE)
+    pictures = views * size**2 * (5 * frames + STARTS * PIXEL_BYTES)
+    surface = vertices * (frames * (3 * 4 + 8 + 4 + 3 * 4) + VERTEX_BYTES) + triangles * TRIANGLE_BYTES
+    proxy = min(vertices, 4 * LARGEST_SURFACE) * nodes * 3 * 4
+    needed, free = pictures + surface + proxy, psutil.virtual_memory().available
+    if needed > free:
+        raise InputError("too_little_memory", f"The fit of {vertices} vertices, {views} views and {frames} frames needs about "
+                         f"{needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free.",
+                         "Close other programs, decimate the mesh, or give fewer frames or views.")
 
 
 def _preview(look: Look) -> np.ndarray:

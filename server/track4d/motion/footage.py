@@ -14,6 +14,7 @@ from ..tracking.flow import to_grey
 
 WORKING_SIZE = 256  # pixels; larger pictures are reduced to it
 SMALLEST_SIZE = 32
+MOST_VIEWS, MOST_FRAMES = 8, 64
 PLAIN = 12  # how far a colour (0..255) may be from the background's and still belong to it
 
 
@@ -24,7 +25,7 @@ class Footage:
     Attributes:
         colors: [V, F, S, S, 3] uint8 sRGB on plain grey.
         grey: [V, F, S, S] uint8.
-        masks: [V, F, S, S] bool, where the object is.
+        masks: [V, F, S, S] bool, where the object is; nowhere in a picture that is missing.
         viewmats: [V, 4, 4] float64 world-to-camera.
         Ks: [V, 3, 3] float64 in pixels of these pictures.
     """
@@ -52,27 +53,38 @@ class Footage:
         """Pixels of these pictures per pixel of a 256-pixel picture; every tolerance is written in the latter."""
         return self.size / 256
 
+    @property
+    def lost(self) -> np.ndarray:
+        """Which pictures show nothing of the object; [V, F] bool."""
+        return ~self.masks.any((2, 3))
+
     def straight_views(self) -> np.ndarray:
         """Frame 0 as straight-alpha pictures; [V, S, S, 4] uint8."""
         return np.concatenate([self.colors[:, 0], self.masks[:, 0, :, :, None].astype(np.uint8) * 255], -1)
 
 
-def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> Footage:
+def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, masks: np.ndarray | None = None) -> Footage:
     """Checks a video and its cameras and separates the object from the background.
 
+    A picture of one colour throughout, such as a black one, counts as missing.
+
     Args:
-        video: [V, F, H, W, 3 or 4] uint8 sRGB, straight alpha. Without alpha the background must be plain.
+        video: [V, F, H, W, 3 or 4] uint8 sRGB, straight alpha. Without alpha and masks the background must be plain.
         viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of the video.
+        masks: [V, F, H, W] bool, where the object is; used instead of alpha.
 
     Raises:
-        InputError: wrong shape or type, pictures that are not square or too small, cameras that don't fit the video, or a
-            background that can't be told from the object.
+        InputError: wrong shape or type, too many views or frames, pictures that are not square or too small, cameras or masks
+            that don't fit the video, or a background that can't be told from the object.
     """
     video, viewmats, Ks = np.asarray(video), np.asarray(viewmats, np.float64), np.asarray(Ks, np.float64)
     if video.ndim != 5 or video.shape[-1] not in (3, 4) or video.dtype != np.uint8 or 0 in video.shape:
         raise InputError("bad_video", f"The video is {video.dtype} {list(video.shape)}.",
                          "Give uint8 pictures [views, frames, height, width, 3 or 4].")
     views, frames, height, width, channels = video.shape
+    if views > MOST_VIEWS or frames > MOST_FRAMES:
+        raise InputError("video_too_long", f"The video has {views} views and {frames} frames.",
+                         f"Give at most {MOST_VIEWS} views and {MOST_FRAMES} frames: leave views out, or every second frame.")
     if height != width or height < SMALLEST_SIZE:
         raise InputError("bad_video_size", f"The video's pictures are {width} x {height} pixels.",
                          f"Give square pictures of at least {SMALLEST_SIZE} pixels; {WORKING_SIZE} is best.")
@@ -83,16 +95,26 @@ def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> Foo
     if not (np.isfinite(viewmats).all() and np.isfinite(Ks).all()):
         raise InputError("bad_cameras", "A camera matrix has numbers that are not finite.", "Check the cameras of the video.")
 
+    if masks is not None and np.shape(masks) != (views, frames, height, width):
+        raise InputError("bad_masks", f"The masks are {list(np.shape(masks))}, the video has {views} views, {frames} frames and "
+                         f"{width} x {height} pixels.", "Give one mask per picture, of the picture's size.")
+
     size = min(height, WORKING_SIZE)
     colors = np.empty((views, frames, size, size, 3), np.uint8)
-    masks = np.empty((views, frames, size, size), bool)
+    inside = np.empty((views, frames, size, size), bool)
     transparent = channels == 4 and bool((video[..., 3] < 255).any())
+    missing = np.array([[np.ptp(picture, axis=(0, 1)).max() <= 2 for picture in view] for view in video])  # [V, F]
     for v in range(views):
-        background = None if transparent else _plain_background(video[v, :, :, :, :3], v)
+        plain = masks is None and not transparent and not missing[v].all()
+        background = _plain_background(video[v, ~missing[v], :, :, :3], v) if plain else None
         for f in range(frames):
             picture = video[v, f]
-            if transparent:
-                alpha = picture[..., 3].astype(np.float32) / 255
+            color: np.ndarray
+            alpha: np.ndarray
+            if missing[v, f]:
+                color, alpha = np.full((height, width, 3), BACKGROUND * 255), np.zeros((height, width))
+            elif masks is not None or transparent:
+                alpha = masks[v, f].astype(np.float32) if masks is not None else picture[..., 3].astype(np.float32) / 255
                 color = picture[..., :3] * alpha[..., None] + (1 - alpha[..., None]) * BACKGROUND * 255
             else:
                 color = picture[..., :3].astype(np.float32)
@@ -100,9 +122,9 @@ def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> Foo
             if height != size:
                 color, alpha = (cv2.resize(p, (size, size), interpolation=cv2.INTER_AREA) for p in (color, alpha))
             colors[v, f] = (color + 0.5).clip(0, 255)
-            masks[v, f] = alpha > 0.5
+            inside[v, f] = alpha > 0.5
     grey = np.stack([np.stack([to_grey(picture) for picture in view]) for view in colors])
-    return Footage(colors, grey, masks, viewmats, scale_intrinsics(Ks, size / height).astype(np.float64))
+    return Footage(colors, grey, inside, viewmats, scale_intrinsics(Ks, size / height).astype(np.float64))
 
 
 def _plain_background(view: np.ndarray, index: int) -> np.ndarray:
@@ -118,5 +140,5 @@ def _plain_background(view: np.ndarray, index: int) -> np.ndarray:
     if plain < 0.6:
         raise InputError("no_mask", f"View {index} of the video has no transparency and no plain background "
                          f"(only {plain:.0%} of its border has one colour).",
-                         "Give pictures with an alpha channel, or on a plain background.")
+                         "Give masks, pictures with an alpha channel, or a plain background.")
     return color

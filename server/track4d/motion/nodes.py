@@ -11,12 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+import trimesh
 from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.spatial import cKDTree
 
+from ..geometry.mesh import Mesh
+from ..geometry.proxy import build_proxy
+
 BLENDED = 4  # nodes per vertex
 NEIGHBOURS = 6  # edges per node in the node graph
-LARGEST_SURFACE = 20_000  # vertices; larger surfaces are represented by clusters of vertices
+LONG_EDGE = 4.0  # node spacings: longer edges are split, so that large triangles can carry nodes and bridges
+GLUE = 100.0  # stiffness of a bridge between pieces relative to an edge on the surface
+LARGEST_SURFACE = 20_000  # vertices; larger surfaces are represented by a decimated one
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,9 @@ class ControlNodes:
         skinning: [M, 4K] float32; `skinning @ stacked(rotations, positions)` are the surface's vertices.
         edges: [E, 2] directed node pairs, both directions.
         offsets: [E, 3] float64 rest position of the second node relative to the first.
-        stiffness: [E] float64, 1 / squared length (a little regularised), which makes the energy relative to the edge's length.
+        stiffness: [E] float64, 1 / squared length (a little regularised), which makes the energy relative to the edge's length;
+            more for bridges between pieces.
+        piece: [K] which separate piece of the surface each node is on.
     """
 
     rest: np.ndarray
@@ -36,6 +44,12 @@ class ControlNodes:
     edges: np.ndarray
     offsets: np.ndarray
     stiffness: np.ndarray
+    piece: np.ndarray
+
+    @property
+    def bridges(self) -> np.ndarray:
+        """Which edges go from piece to piece; [E] bool."""
+        return self.piece[self.edges[:, 0]] != self.piece[self.edges[:, 1]]
 
     def pose(self, rotations: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Vertices [M, 3] float32 for node rotations [K, 3, 3] and positions [K, 3]."""
@@ -86,60 +100,66 @@ def _bridges(vertices: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.concatenate(pairs)
 
 
-def _cluster(vertices: np.ndarray, normals: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A coarse surface: vertices of one grid cell that face the same way become one.
-
-    Two surfaces that face each other across a narrow gap stay apart, and the coarse edges are exactly those of the fine surface.
+def _fine_graph(points: np.ndarray, faces: np.ndarray, edges: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points and edges of the surface with long edges split: large triangles get places inside where nodes and bridges can be.
 
     Returns:
-        centres [C, 3], coarse edges [E', 2], and the cluster of each vertex [M].
+        [M', 3] points, the given ones first, and [E', 2] edges.
     """
-    cell = float(np.ptp(vertices, axis=0).max()) / 48
-    facing = np.abs(normals).argmax(1)
-    facing = 2 * facing + (np.take_along_axis(normals, facing[:, None], 1)[:, 0] > 0)
-    while True:
-        keys = np.concatenate([np.floor((vertices - vertices.min(0)) / cell).astype(np.int64), facing[:, None]], 1)
-        _, cluster, sizes = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-        if len(sizes) <= LARGEST_SURFACE:
+    while len(faces) and len(points) < LARGEST_SURFACE:
+        corners = points[faces]
+        longest = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(1)
+        large = np.nonzero(longest > LONG_EDGE * spacing)[0]
+        if len(large) == 0:
             break
-        cell *= 1.25
-    cluster = cluster.reshape(-1)
-    centres = np.stack([np.bincount(cluster, vertices[:, k]) for k in range(3)], 1) / sizes[:, None]
-    coarse = np.unique(np.sort(cluster[edges], 1), axis=0)
-    return centres, coarse[coarse[:, 0] != coarse[:, 1]], cluster
+        points, faces = trimesh.remesh.subdivide(points, faces, face_index=large)
+        split = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), 1)
+        edges = np.concatenate([edges, split])
+    edges = np.unique(np.sort(edges, 1), axis=0)
+    return points, edges[edges[:, 0] != edges[:, 1]]
 
 
-def _spread(vertices: np.ndarray, centres: np.ndarray, edges: np.ndarray, cluster: np.ndarray) -> sp.csr_matrix:
-    """Smooth weights [M, C] of each vertex on its own cluster and the clusters beside it."""
-    count = len(centres)
-    beside = sp.csr_matrix((np.ones(2 * len(edges)), (edges.T.ravel(), edges[:, ::-1].T.ravel())), shape=(count, count))
-    beside = (beside + sp.identity(count)).tocsr()
-    pattern = beside[cluster].tocoo()
-    distance = np.linalg.norm(vertices[pattern.row] - centres[pattern.col], axis=1)
-    reach = 1.5 * np.linalg.norm(centres[edges[:, 0]] - centres[edges[:, 1]], axis=1).mean()
-    own = pattern.col == cluster[pattern.row]
-    weight = np.maximum(1 - distance / reach, 0) ** 2 + 1e-3 * own  # never all zero
-    weights = sp.csr_matrix((weight, (pattern.row, pattern.col)), shape=(len(vertices), count))
-    return sp.diags(1 / np.asarray(weights.sum(1)).ravel()) @ weights
-
-
-def build_nodes(vertices: np.ndarray, normals: np.ndarray, edges: np.ndarray, count: int) -> ControlNodes:
+def build_nodes(surface: Mesh, count: int) -> ControlNodes:
     """Places nodes evenly over a surface.
 
+    A separate piece that is large enough for a few nodes is carried by its own nodes only, so that a wheel doesn't smear the body
+    beside it; smaller pieces go with what is nearest to them.
+
     Args:
-        vertices: [M, 3] welded positions at rest; separate pieces and loose vertices are allowed.
-        normals: [M, 3] (only large surfaces need them).
-        edges: [E, 2].
+        surface: welded, at rest; separate pieces and loose vertices are allowed.
         count: nodes wanted; a surface with fewer vertices gets one per vertex.
     """
-    spread = None
-    points = vertices.astype(np.float64)
-    if len(points) > LARGEST_SURFACE:
-        points, edges, cluster = _cluster(points, normals, edges)
-        spread = _spread(vertices, points, edges, cluster)
-    count = min(count, len(points))
+    vertices, faces, edges = surface.vertices.astype(np.float64), surface.faces, surface.edges()
+    edges = edges[edges[:, 0] != edges[:, 1]]
+    if len(vertices) > LARGEST_SURFACE:
+        proxy = build_proxy(vertices, faces, edges, LARGEST_SURFACE // 2)
+        points, edges, binding = proxy.vertices, proxy.edges, proxy.binding
+    else:
+        corners = vertices[faces]
+        area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).sum() / 2
+        points, edges = _fine_graph(vertices, faces, edges, float(np.sqrt(area / count)))
+        binding = sp.identity(len(points), format="csr")[:len(vertices)]
+    _, piece = connected_components(sp.csr_matrix((np.ones(len(edges)), edges.T), shape=(len(points),) * 2), directed=False)
     graph = surface_graph(points, edges)
+    chosen, distances = _place(points, graph, piece, min(count, len(points)))
+    rest = points[chosen]
+    skinning = _affine(vertices, rest, (binding @ _blend(distances)).tocsr())
+    pairs = _node_pairs(distances[:, chosen], graph, piece, distances.argmin(0))
+    pairs = np.concatenate([pairs, pairs[:, ::-1]])
+    offsets = rest[pairs[:, 1]] - rest[pairs[:, 0]]
+    squared = (offsets**2).sum(1)
+    stiffness = 1 / (squared + 0.1 * squared.mean()) if len(pairs) else np.zeros(0)
+    nodes = ControlNodes(rest, skinning, pairs, offsets, stiffness, piece[chosen])
+    stiffness[nodes.bridges] *= GLUE
+    return nodes
 
+
+def _place(points: np.ndarray, graph: sp.csr_matrix, piece: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Farthest point sampling along the surface: the chosen points [K] and everyone's distance to them, [K, C].
+
+    Pieces that got fewer than `BLENDED` nodes lose them; the others are infinitely far from the nodes of other pieces. Not
+    so where most nodes are on small pieces, as on the leaves of a tree.
+    """
     chosen = [int(np.linalg.norm(points - points.mean(0), axis=1).argmax())]
     distances = np.empty((count, len(points)), np.float32)  # [K, C] along the surface
     distances[0] = dijkstra(graph, indices=chosen[0])
@@ -148,25 +168,44 @@ def build_nodes(vertices: np.ndarray, normals: np.ndarray, edges: np.ndarray, co
         chosen.append(int(nearest.argmax()))
         distances[k] = dijkstra(graph, indices=chosen[k])
         nearest = np.minimum(nearest, distances[k])
-    rest = points[chosen]
+    own_nodes = np.bincount(piece[chosen], minlength=piece.max() + 1) >= BLENDED  # of each piece
+    kept = own_nodes[piece[chosen]]
+    if kept.mean() > 0.5:
+        chosen, distances = np.array(chosen)[kept], distances[kept]
+        distances[:, own_nodes[piece]] = np.where(piece[chosen][:, None] == piece[None, own_nodes[piece]],
+                                                  distances[:, own_nodes[piece]], np.float32(np.inf))
+    return np.asarray(chosen), distances
 
+
+def _blend(distances: np.ndarray) -> sp.csr_matrix:
+    """Weights [C, K] of the nearest nodes of each point, (1 - d / d5)^2 with d5 the distance of the next one; from [K, C]."""
+    count, points = distances.shape
     blended = min(BLENDED, count)
     order = np.argsort(distances, axis=0)[:blended + 1]  # [5, C]
     near = np.take_along_axis(distances, order, 0)
-    weight = np.maximum(1 - near[:blended] / (near[-1:] + 1e-9), 1e-4) ** 2
+    reach = np.where(np.isfinite(near[-1]), near[-1], 1.5 * np.where(np.isfinite(near), near, 0).max(0)) + 1e-9
+    weight = np.where(np.isfinite(near[:blended]), np.maximum(1 - near[:blended] / reach, 1e-4) ** 2, 0)
     weight = weight / weight.sum(0)
-    columns = np.repeat(np.arange(len(points)), blended)
-    weights = sp.csr_matrix((weight.T.ravel(), (columns, order[:blended].T.ravel())), shape=(len(points), count))
-    skinning = _affine(vertices, rest, weights if spread is None else spread @ weights)
+    weights = sp.csr_matrix((weight.T.ravel(), (np.repeat(np.arange(points), blended), order[:blended].T.ravel())),
+                            shape=(points, count))
+    weights.eliminate_zeros()
+    return weights
 
-    between = distances[:, chosen]
+
+def _node_pairs(between: np.ndarray, graph: sp.csr_matrix, piece: np.ndarray, closest: np.ndarray) -> np.ndarray:
+    """Pairs of nodes: the nearest ones on the same piece, and those beside a bridge between pieces; [E, 2].
+
+    Args:
+        between: [K, K] distances, infinite from piece to piece.
+        graph: [C, C] of the bridged surface; piece: [C]; closest: [C] the node that is nearest to each point.
+    """
     neighbour = np.argsort(between, axis=1)[:, 1:NEIGHBOURS + 1]
-    pairs = np.stack([np.repeat(np.arange(count), neighbour.shape[1]), neighbour.ravel()], 1)
-    pairs = np.concatenate([pairs, pairs[:, ::-1]])
-    offsets = rest[pairs[:, 1]] - rest[pairs[:, 0]]
-    squared = (offsets**2).sum(1)
-    stiffness = 1 / (squared + 0.1 * squared.mean()) if len(pairs) else np.zeros(0)
-    return ControlNodes(rest, skinning, pairs, offsets, stiffness)
+    pairs = np.stack([np.repeat(np.arange(len(between)), neighbour.shape[1]), neighbour.ravel()], 1)
+    pairs = pairs[np.isfinite(between[pairs[:, 0], pairs[:, 1]])]
+    ends = np.stack(graph.nonzero(), 1)
+    ends = ends[piece[ends[:, 0]] != piece[ends[:, 1]]]
+    across = np.unique(closest[ends], axis=0)
+    return np.concatenate([pairs, across[across[:, 0] < across[:, 1]]])
 
 
 def _affine(vertices: np.ndarray, rest: np.ndarray, weights: sp.spmatrix) -> sp.csr_matrix:

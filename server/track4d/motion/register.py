@@ -1,8 +1,10 @@
 """Sequential Gauss-Newton registration of a mesh to a multi-view video.
 
-Frame by frame: render the present estimate, match the render with the video by optical flow, pull the silhouette to the object's
-mask, and move the control nodes so that the surface follows while staying as rigid as possible. The stiffness and the tolerance
-for outliers fall from round to round. Every tolerance is in pixels of a 256-pixel picture.
+Frame by frame: render the present estimate, match the render with the video by optical flow, pull the silhouette and what flow
+lost to pixels of the same colour, and move the control nodes so that the surface follows while staying as rigid as possible. The
+stiffness and the tolerance for outliers fall from round to round, the resolution grows. Rigidity is robust: an edge that the
+video stretches far gives way (a bar grows, a joint bends) instead of holding everything back. Every tolerance is in pixels of a
+256-pixel picture.
 """
 
 from __future__ import annotations
@@ -36,6 +38,17 @@ WARM_UP = ((30.0, 12.0), (10.0, 6.0), (3.0, 3.0))  # stiffness and outlier scale
 EXTRAPOLATION = 0.7  # share of the last motion that is expected to go on
 LARGEST_STRETCH = 1.6  # of the edges, 99th percentile, where tracks carry the fit
 STIFFER = (2.0, 4.0, 8.0, 16.0)  # stiffness factors tried to get there
+COARSE = 1.5  # rounds that are stiffer than this look at fewer pixels and match colours
+COLOR_REACH = 40.0  # pixels: how far the pulls of the coarse rounds reach in place and colour
+COLOR_PIXELS = 120.0  # pixels that the difference between black and white counts as there
+UNLIKE = 50  # difference (0..255) to the video beyond which a pixel is not explained
+STRAIN = 0.5  # of an edge between nodes, relative to its length: where its stiffness has fallen to a quarter
+LEAST_STIFFNESS = 0.02  # share that stays at any strain
+LARGEST_SHIFT = 1.0  # canonical units per step: further, the step is rejected
+DAMPING = (1e-3, 1e-1, 10.0)  # tried in this order until a step is sane
+EVIDENCE = 1.2  # a piece moves if that explains the pixels that it changes so many times better than rest
+SLIGHT = 2.0  # pixels that a bridge may move and still be at rest
+DEPTH_HOLD = 0.02  # weight of the depth at which a single camera saw a point before, relative to a match
 LARGEST_TURN = 1.0  # radians per step
 HIDDEN = 0.03  # a point this far behind the surface is hidden, canonical units
 PIXELS_PER_UNIT = 117.0  # of a 256-pixel picture at the orbit cameras' distance: brings places in space to pixels
@@ -57,6 +70,11 @@ class Pose:
         turn = Rotation.from_matrix(self.rotations @ before.rotations.transpose(0, 2, 1)).as_rotvec() * EXTRAPOLATION
         return Pose(Rotation.from_rotvec(turn).as_matrix() @ self.rotations,
                     self.positions + EXTRAPOLATION * (self.positions - before.positions))
+
+    def held(self, still: np.ndarray, rest: Pose) -> Pose:
+        """The pose with the nodes of `still` [K] bool at rest."""
+        return Pose(np.where(still[:, None, None], rest.rotations, self.rotations),
+                    np.where(still[:, None], rest.positions, self.positions))
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,11 @@ class Registration:
         rest = self.nodes.pose(Pose.at_rest(nodes).rotations, nodes.rest)
         self.edges = edges[np.linalg.norm(rest[edges[:, 0]] - rest[edges[:, 1]], axis=1) > 1e-4]
         self.rest_lengths = self._edge_lengths(rest)
+        uvs = np.einsum("pk,pkx->px", barycentric, mesh.uvs[triangle]).astype(np.float32)
+        light = np.einsum("pk,pkc->pc", barycentric, shading.reshape(len(shading), -1)[self.corners])  # [P, 1 or 3]
+        self.colors = (mesh.corner_colors(uvs, triangle) * light).clip(0, 1)  # [P, 3]
+        self.rejected = 0  # steps that would have thrown nodes about
+        self._pixels_by_color = lru_cache(maxsize=2 * footage.views)(self._index_colors)
         self._nearest_inside = lru_cache(maxsize=2 * footage.views)(self._measure_masks)
 
     # ---- poses
@@ -176,10 +199,10 @@ class Registration:
 
     # ---- pictures
 
-    def look(self, pose: Pose) -> Look:
-        """Renders a pose."""
+    def look(self, pose: Pose, samples: int = 2) -> Look:
+        """Renders a pose with `samples` subpixels along each axis of a pixel."""
         footage, vertices = self.footage, self.vertices(pose)[None]
-        rgba = zbuffer.render(self.mesh, vertices, footage.viewmats, footage.Ks, footage.size, 2, self.shading)[0]
+        rgba = zbuffer.render(self.mesh, vertices, footage.viewmats, footage.Ks, footage.size, samples, self.shading)[0]
         fragments = zbuffer.rasterise(vertices, self.mesh.faces, footage.viewmats, footage.Ks, footage.size)
         points = self.points(pose)[None].astype(np.float32)
         uv, _ = zbuffer.project(points, footage.viewmats, footage.Ks)
@@ -187,10 +210,12 @@ class Registration:
         return Look(zbuffer.over(rgba, BACKGROUND), rgba[..., 3], fragments.inverse_depth, uv[0], visible[0])
 
     def cost(self, look: Look, frame: int) -> float:
-        """How much a render differs from the video: colour plus half the silhouette, per object pixel."""
-        colors = np.abs(look.colors * 255 - self.footage.colors[:, frame]).mean() / 255
-        silhouettes = np.abs(look.alpha - self.footage.masks[:, frame]).mean()
-        return float(colors + 0.5 * silhouettes) / max(float(self.footage.masks[:, frame].mean()), 1e-6)
+        """How much a render differs from the pictures that are there: colour plus half the silhouette, per object pixel."""
+        there = ~self.footage.lost[:, frame]
+        masks = self.footage.masks[there, frame]
+        colors = np.abs(look.colors[there] * 255 - self.footage.colors[there, frame]).sum() / (3 * 255)
+        silhouettes = np.abs(look.alpha[there] - masks).sum()
+        return float(colors + 0.5 * silhouettes) / max(int(masks.sum()), 1)
 
     def evidence(self, pose: Pose, look: Look, frame: int) -> np.ndarray:
         """How many views see each vertex where the video has the object; [N] int."""
@@ -201,32 +226,62 @@ class Registration:
         on_object = footage.masks[np.arange(footage.views)[:, None], frame, pixel[..., 1], pixel[..., 0]]
         return (visible & on_object).sum(0)
 
+    def still_pieces(self, poses: list[Pose]) -> np.ndarray:
+        """Which nodes are on pieces that the video gives no evidence of moving; [K] bool.
+
+        A piece stays where it is at rest if that explains the video about as well as its fitted motion, in the frames in which it
+        moved most: a wheel without marks looks the same at any angle, and what flow makes of it is noise. The larger pieces are
+        asked first, and what hangs on a moving piece goes with it.
+        """
+        nodes, rest = self.nodes, Pose.at_rest(self.nodes)
+        away = np.stack([np.linalg.norm(pose.positions - nodes.rest, axis=1) for pose in poses])  # [F, K]
+        still = np.zeros(len(nodes.rest), bool)
+        tails, heads = nodes.edges.T
+        for piece in np.argsort(-np.bincount(nodes.piece), kind="stable"):
+            on = nodes.piece == piece
+            larger = np.bincount(nodes.piece)[nodes.piece] > on.sum()
+            neighbours = heads[on[tails] & larger[heads]]
+            carried = (away[:, neighbours].max(initial=0) > SLIGHT / PIXELS_PER_UNIT) and not still[neighbours].all()
+            if not on.any() or carried:
+                continue
+            fitted_error = rest_error = 0.0
+            for frame in np.argsort(-away[:, on].mean(1))[:3]:
+                pose = poses[frame]
+                looks = [self.look(one) for one in (pose, pose.held(on, rest))]
+                differ = np.abs(looks[0].colors - looks[1].colors).max(-1) > 1 / 255
+                differ &= ~self.footage.lost[:, frame, None, None]
+                for_fit, for_rest = (np.abs(look.colors[differ] * 255 - self.footage.colors[:, frame][differ]).sum()
+                                     for look in looks)
+                fitted_error, rest_error = fitted_error + for_fit, rest_error + for_rest
+            still[on] = rest_error <= EVIDENCE * fitted_error
+        return still
+
     # ---- observations
 
-    def flow_targets(self, look: Look, frame: int, outliers: float) -> Targets:
+    def flow_targets(self, look: Look, frame: int, outliers: float, upsampling: int) -> Targets:
         """Where optical flow from the render to the video takes the visible points."""
         footage = self.footage
         targets = Targets.none(look.uv, FLOW_SCALE * outliers)
         for v in range(footage.views):
             seen = np.nonzero(look.visible[v])[0]
             window = _window(footage.masks[v, frame] | (look.alpha[v] > 0.3), round(12 * footage.unit))
-            if len(seen) == 0 or window is None:
+            if len(seen) == 0 or window is None or not footage.masks[v, frame].any():
                 continue
             render = to_grey((look.colors[v][window] * 255 + 0.5).clip(0, 255).astype(np.uint8))
             corner = np.array([window[1].start, window[0].start], np.float32)
             matched, good = match_points(render, footage.grey[v, frame][window], look.uv[v, seen] - corner,
-                                         FLOW_TOLERANCE * footage.unit, self.upsampling)
+                                         FLOW_TOLERANCE * footage.unit, upsampling)
             self._accept(targets, v, frame, seen, matched + corner, good)
         return targets
 
     def video_flow_targets(self, look: Look, frame: int) -> Targets:
         """Where the video's own flow from the frame before takes the points that are visible there."""
-        footage = self.footage
+        footage, lost = self.footage, self.footage.lost
         targets = Targets.none(look.uv, FLOW_SCALE)
         for v in range(footage.views):
             seen = np.nonzero(look.visible[v])[0]
             window = _window(footage.masks[v, frame - 1] | footage.masks[v, frame], round(12 * footage.unit))
-            if len(seen) == 0 or window is None:
+            if len(seen) == 0 or window is None or lost[v, frame - 1] or lost[v, frame]:
                 continue
             corner = np.array([window[1].start, window[0].start], np.float32)
             matched, good = match_points(footage.grey[v, frame - 1][window], footage.grey[v, frame][window],
@@ -239,38 +294,75 @@ class Registration:
         targets.uv[view, points] = matched
         targets.weights[view, points] = good & (bilinear(mask, matched) > 0.5)
 
-    def silhouette_targets(self, look: Look, frame: int, outliers: float) -> list[Targets]:
-        """Points outside of the mask go to the nearest place inside; mask pixels that nothing covers call the nearest point."""
-        footage, unit = self.footage, self.footage.unit
-        inwards, cover = Targets.none(look.uv, NO_OUTLIERS), Targets.none(look.uv, COVER_SCALE * outliers)
-        limit = footage.size - BORDER * unit
+    def pulls(self, look: Look, frame: int, outliers: float, matched: np.ndarray) -> list[Targets]:
+        """Where points should go that flow does not tell.
+
+        Points outside of the mask go to the nearest pixel inside; pixels that nothing explains call the nearest visible point. In
+        the coarse rounds "nearest" counts colour as well as place, and points that flow lost look for their colour too: a thin
+        leg that swings further than its width is found by what it looks like.
+
+        Args:
+            outliers: factor on the outlier scale; above `COARSE` colours count.
+            matched: [V, P] bool, points that flow has matched.
+        """
+        footage, unit, coarse = self.footage, self.footage.unit, outliers > COARSE
+        scale, reach = COVER_SCALE * outliers, (COLOR_REACH if coarse else COVER_REACH) * unit
+        inwards, cover, lost = Targets.none(look.uv, NO_OUTLIERS), Targets.none(look.uv, scale), Targets.none(look.uv, scale)
+        hue = COLOR_PIXELS * unit if coarse else 0.0
         for v in range(footage.views):
             mask = footage.masks[v, frame]
             if not mask.any():
                 continue
-            uv = look.uv[v]
-            inner = ((uv > BORDER * unit) & (uv < limit)).all(1)
+            uv, seen = look.uv[v], np.nonzero(look.visible[v])[0]
+            inner = self._within(uv)
             distance, nearest = self._nearest_inside(v, frame)
             column, row = np.floor(uv).astype(np.int64).clip(0, footage.size - 1).T
-            out = np.nonzero(inner & (distance[row, column] > 0.8 * unit))[0]
-            inwards.uv[v, out] = nearest[::-1, row[out], column[out]].T + 0.5
-            inwards.weights[v, out] = SILHOUETTE_WEIGHT
+            outside = inner & (distance[row, column] > 0.8 * unit)
+            inwards.uv[v, outside] = nearest[::-1, row[outside], column[outside]].T + 0.5
+            inwards.weights[v, outside] = SILHOUETTE_WEIGHT
+            features = np.concatenate([uv, hue * self.colors], 1)  # [P, 5]
+            if coarse:
+                astray = np.nonzero(inner & (look.visible[v] | outside) & ~matched[v])[0]
+                tree, places = self._pixels_by_color(v, frame)
+                distance, pixel = tree.query(features[astray], distance_upper_bound=reach)
+                astray, pixel = astray[np.isfinite(distance)], pixel[np.isfinite(distance)]
+                lost.uv[v, astray] = places[pixel]
+                lost.weights[v, astray] = SILHOUETTE_WEIGHT
+                inwards.weights[v, astray] = 0
 
-            row, column = np.nonzero(mask & (look.alpha[v] < 0.3))
+            unlike = look.alpha[v] < 0.3
+            if coarse:
+                unlike |= np.abs(look.colors[v] * 255 - footage.colors[v, frame]).max(-1) > UNLIKE
+            row, column = np.nonzero(mask & unlike)
             pixels = np.stack([column, row], 1) + 0.5
-            pixels = pixels[((pixels > BORDER * unit) & (pixels < limit)).all(1)]
-            seen = np.nonzero(look.visible[v])[0]
+            inner = self._within(pixels)
+            pixels, colors = pixels[inner], footage.colors[v, frame, row[inner], column[inner]]
             if len(pixels) <= 4 or len(seen) == 0:
                 continue
-            pixels = pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), 400)).astype(int)]
-            distance, caller = cKDTree(uv[seen]).query(pixels, distance_upper_bound=COVER_REACH * unit)
+            few = np.linspace(0, len(pixels) - 1, min(len(pixels), 400)).astype(int)
+            wanted = np.concatenate([pixels, hue / 255 * colors], 1)[few]
+            distance, caller = cKDTree(features[seen]).query(wanted, distance_upper_bound=reach)
             called = np.isfinite(distance) & (distance > unit)
             calls = np.bincount(caller[called], minlength=len(seen))
-            mean = np.stack([np.bincount(caller[called], pixels[called, k], len(seen)) for k in range(2)], 1)
+            mean = np.stack([np.bincount(caller[called], wanted[called, k], len(seen)) for k in range(2)], 1)
             some = calls > 0
             cover.uv[v, seen[some]] = mean[some] / calls[some, None]
             cover.weights[v, seen[some]] = SILHOUETTE_WEIGHT
-        return [inwards, cover]
+        return [inwards, cover, lost]
+
+    def _within(self, uv: np.ndarray) -> np.ndarray:
+        """Which positions [..., 2] are not so near to the picture's edge that the object may go on outside."""
+        border = BORDER * self.footage.unit
+        return ((uv > border) & (uv < self.footage.size - border)).all(-1)
+
+    def _index_colors(self, view: int, frame: int) -> tuple[cKDTree, np.ndarray]:
+        """The object's pixels by place and colour, and their places [Q, 2]."""
+        row, column = np.nonzero(self.footage.masks[view, frame])
+        few = np.linspace(0, len(row) - 1, min(len(row), 3000)).astype(int)
+        row, column = row[few], column[few]
+        places = np.stack([column, row], 1) + 0.5
+        hue = COLOR_PIXELS * self.footage.unit / 255 * self.footage.colors[view, frame, row, column]
+        return cKDTree(np.concatenate([places, hue], 1)), places
 
     def _measure_masks(self, view: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """Distance [S, S] to the mask and the mask pixel (row, column) that is nearest [2, S, S]."""
@@ -279,12 +371,13 @@ class Registration:
     # ---- solving
 
     def solve(self, pose: Pose, targets: list[Targets], rigidity: float, places: Places | None = None,
-              outliers: float = 1.0) -> Pose:
+              outliers: float = 1.0, anchor: np.ndarray | None = None) -> Pose:
         """A few Gauss-Newton steps towards targets in the pictures and places in space.
 
         Args:
             rigidity: factor on the stiffness.
-            places: tracked places; outliers: factor on their outlier scale.
+            places: tracked places, which may tear, so rigidity is not robust with them; outliers: factor on their outlier scale.
+            anchor: [P, 3] points whose depth holds back that of the surface points, where a single camera can't tell it.
         """
         nodes, count, unit = self.nodes, len(self.nodes.rest), self.footage.unit
         tails, heads = nodes.edges.T
@@ -297,30 +390,54 @@ class Registration:
             if places is not None:
                 add_places(points, places.positions, places.weights * PIXELS_PER_UNIT**2,
                            FLOW_SCALE * outliers / PIXELS_PER_UNIT, information, pull)
+            if anchor is not None:
+                view = self.footage.viewmats[0]
+                ray = points + view[:3, :3].T @ view[:3, 3]
+                ray /= np.linalg.norm(ray, axis=1, keepdims=True)
+                hold = DEPTH_HOLD * PIXELS_PER_UNIT**2 * ray
+                information += hold[:, :, None] * ray[:, None]
+                pull += hold * ((points - anchor) * ray).sum(1, keepdims=True)
             band, gradient = np.zeros((6 * count, self.band_width)), np.zeros(6 * count)
             arms = np.einsum("nij,nj->ni", pose.rotations[self.members], self.levers)
             add_points(band, gradient, self.starts, self.slot[self.members], arms, self.weights, information, pull)
             spokes = np.einsum("eij,ej->ei", pose.rotations[tails], nodes.offsets)
             residuals = spokes - (pose.positions[heads] - pose.positions[tails])
-            add_edges(band, gradient, self.slot[tails], self.slot[heads], spokes, residuals,
-                      self.stiffness * rigidity * nodes.stiffness)
-            step = solve_band(band, gradient).reshape(count, 6)[self.slot]
-            step /= max(1.0, float(np.linalg.norm(step[:, :3], axis=1).max()) / LARGEST_TURN)
+            weights = self.stiffness * rigidity * nodes.stiffness
+            if places is None:
+                strain = (residuals**2).sum(1) / np.maximum((nodes.offsets**2).sum(1), 1e-12)
+                weights = weights * np.where(self.nodes.bridges, 1, np.maximum(
+                    (STRAIN**2 / (STRAIN**2 + strain)) ** 2, LEAST_STIFFNESS))
+            add_edges(band, gradient, self.slot[tails], self.slot[heads], spokes, residuals, weights)
+            step = self._sane_step(band, gradient)
+            if step is None:
+                break
             pose = Pose(Rotation.from_rotvec(step[:, :3]).as_matrix() @ pose.rotations, pose.positions + step[:, 3:])
         return pose
 
-    def refine(self, pose: Pose, frame: int, rigidity: float, places: Places | None = None) -> Pose:
-        """One round: look, match, solve."""
-        outliers = float(np.clip(rigidity, 1, 8))
-        look = self.look(pose)
-        targets = [self.flow_targets(look, frame, outliers), *self.silhouette_targets(look, frame, outliers)]
-        return self.solve(pose, targets, rigidity, places, outliers)
+    def _sane_step(self, band: np.ndarray, gradient: np.ndarray) -> np.ndarray | None:
+        """Turns and shifts [K, 6] of the nodes; damped more as long as they throw nodes about, None if nothing helps."""
+        for damping in DAMPING:
+            step = solve_band(band, gradient, damping).reshape(-1, 6)[self.slot]
+            step /= max(1.0, float(np.linalg.norm(step[:, :3], axis=1).max()) / LARGEST_TURN)
+            if np.linalg.norm(step[:, 3:], axis=1).max() < LARGEST_SHIFT:  # not if any is nan
+                return step
+            self.rejected += 1
+        return None
 
-    def follow_flow(self, pose: Pose, frame: int, before: Look) -> Pose:
+    def refine(self, pose: Pose, frame: int, rigidity: float, places: Places | None = None,
+               anchor: np.ndarray | None = None) -> Pose:
+        """One round: look, match, solve."""
+        coarse, outliers = rigidity > COARSE, float(np.clip(rigidity, 1, 8))
+        look = self.look(pose, 1 if coarse else 2)
+        flow = self.flow_targets(look, frame, outliers, 1 if coarse else self.upsampling)
+        targets = [flow, *self.pulls(look, frame, outliers, flow.weights > 0)]
+        return self.solve(pose, targets, rigidity, places, outliers, anchor)
+
+    def follow_flow(self, pose: Pose, frame: int, before: Look, anchor: np.ndarray | None = None) -> Pose:
         """Moves an extrapolated pose by the video's own flow since the look at the frame before."""
         flow = self.video_flow_targets(before, frame)
         for rigidity, outliers in WARM_UP:
-            pose = self.solve(pose, [replace(flow, scale=FLOW_SCALE * outliers)], rigidity)
+            pose = self.solve(pose, [replace(flow, scale=FLOW_SCALE * outliers)], rigidity, anchor=anchor)
         return pose
 
     def follow_places(self, pose: Pose, places: Places) -> Pose:
