@@ -21,7 +21,9 @@ from track4d_protocol.errors import Track4DError, TransportError, error_from_dic
 from .commands.bake_lighting import bake_lighting
 from .commands.dataset import dataset_render
 from .commands.generate import generate
+from .commands.probe import probe
 from .commands.track import track
+from .commands.train_video import train_video
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Animate your own mesh from a sentence.")
@@ -30,6 +32,8 @@ app.add_typer(train_app, name="train")
 app.command()(track)
 app.command()(bake_lighting)
 app.command()(generate)
+app.command()(probe)
+train_app.command("video")(train_video)
 dataset_app = typer.Typer(no_args_is_help=True, help="Make training data.")
 dataset_app.command("render")(dataset_render)
 app.add_typer(dataset_app, name="dataset")
@@ -87,8 +91,16 @@ def grant(name: Annotated[str, typer.Argument(help="Who it is for, such as lapto
 
 
 @app.command()
-def doctor(self_test: Annotated[bool, typer.Option(help="Animate a tiny mesh, which compiles the kernels once.")] = True) -> None:
+def doctor(self_test: Annotated[bool, typer.Option(help="Animate a tiny mesh, which compiles the kernels once.")] = True,
+           plan: Annotated[bool, typer.Option("--plan", help="Say instead what a step of the video diffusion costs.")] = False,
+           views: Annotated[int, typer.Option(min=1, help="Views of the planned video.")] = 4,
+           frames: Annotated[int, typer.Option(min=1, help="Frames of the planned video.")] = 16,
+           resolution: Annotated[int | None, typer.Option(min=1, help="Pixels along its edge.")] = None) -> None:
     """Say what works on this machine, what doesn't, and what to do."""
+    if plan:
+        from .plan import show
+
+        return show(views, frames, resolution, Console(highlight=False))
     from .doctor import examine
 
     healthy = examine(self_test, Console(highlight=False))

@@ -20,7 +20,7 @@ VIEWS = 3
 def tiny(shared):
     """The network of the fixture and its inputs."""
     folder = shared / "fixtures" / "mvvdm_tiny"
-    config = replace(UNetConfig.published(), channels=(16, 24, 32, 32), heads=8, motion_heads=2, groups=8, text_dim=24, image_dim=20)
+    config = replace(UNetConfig.published(), channels=(16, 24, 32, 32), motion_heads=2, groups=8, text_dim=24, image_dim=20)
     network = MultiViewUNet(config).eval()
     network.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "weights.safetensors").items()})
     for motion in network.up_blocks[0].motion_modules:  # 32 groups in every size there, whatever the other norms have

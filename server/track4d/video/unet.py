@@ -93,7 +93,8 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> UNetConfig:
         """The inverse of `to_dict`, also after a way through JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return cls(**fields)
 
 
 class Prediction(NamedTuple):
@@ -147,7 +148,7 @@ class MultiViewUNet(nn.Module):
             self.place_embedding = nn.Embedding(config.text_tokens, config.text_dim)
         if config.image_dim:
             projection = ImageProjection(config.image_dim, config.text_dim, config.image_tokens)
-            self.encoder_hid_proj = nn.ModuleDict({"image_projection_layers": nn.ModuleList([projection])})
+            self.encoder_hid_proj: Any = nn.ModuleDict({"image_projection_layers": nn.ModuleList([projection])})
 
         cells = config.patch ** 2
         self.conv_in = nn.Conv2d(config.in_channels * cells, channels[0], 3, padding=1)
@@ -302,7 +303,7 @@ class Block(nn.Module):
             if self.up:
                 x = torch.cat([x, skips.pop()], 1)
             x = _run(state, resnet, x, state.embedding)
-            layout = Layout(state.views, state.frames, *x.shape[-2:], state.image)
+            layout = Layout(state.views, state.frames, x.shape[-2], x.shape[-1], state.image)
             if attention is not None:
                 x = _run(state, attention, x, state.text, cross_attention_kwargs={"layout": layout}, return_dict=False)
                 x = x[0] if isinstance(x, tuple) else x
@@ -333,7 +334,8 @@ class MotionModule(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        block = BasicTransformerBlock(channels, config.motion_heads, channels // config.motion_heads, double_self_attention=True)
+        heads = config.motion_heads
+        block: Any = BasicTransformerBlock(channels, heads, channels // heads, double_self_attention=True)
         for attention in (block.attn1, block.attn2):
             attention.set_processor(SpatioTemporalAttention(attention, config.max_frames, spatial))
         self.transformer_blocks = nn.ModuleList([block])
