@@ -1,9 +1,26 @@
 """Stage One's training: the losses are the paper's equations, the loop is repeatable."""
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import cv2
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
 from track4d.training import video_losses as losses
+from track4d.training.video import VideoTraining, checkpoints, noise_generator, train, trained_parameters, video_losses
+from track4d.training.video_data import ClipShape, Procedural, load_batches
+from track4d.video.checkpoints import convert_published, load_published
+from track4d.video.features import load_small
+from track4d.video.multiview_video import MultiViewVideo
+from track4d.video.unet import MultiViewUNet, UNetConfig
+from track4d_protocol.errors import Cancelled, InputError
 
 
 def moving_codes(cells=16, views=2, frames=4, points=6, channels=24, seed=0):
@@ -133,3 +150,166 @@ def test_losses_take_half_precision_features_and_give_gradients():
     assert loss.dtype == torch.float32
     loss.backward()
     assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().sum() > 0
+
+
+TINY = UNetConfig(channels=(16, 16), attention=(False, True), spatial_motion=(False, True), layers=1, heads=2, motion_heads=2,
+                  groups=4, patch=4, text_dim=16, vocabulary=128, text_tokens=16, image_dim=0)
+SHORT = VideoTraining.small(steps=4, batch=1, shapes=((2, 3), (1, 4)), size=32, warm_up=2, sheet_every=4)
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return MultiViewVideo(MultiViewUNet(TINY))
+
+
+def run(out, settings=SHORT, model=None, **options):
+    return load_file(train(out, model or tiny(), Procedural(), settings, workers=0, **options))
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training of four steps in one go, with its sheets and logs."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(out, validation=Procedural(validation=True))
+
+
+def test_a_resumed_training_ends_with_the_same_bits(whole, tmp_path):
+    def interrupt(stage, step, total, preview=None):
+        if step == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(tmp_path, report=interrupt)
+    assert [step for step, _ in checkpoints(tmp_path)] == [3]
+    parts = run(tmp_path, model=tiny(seed=9), resume=True)  # what it begins with doesn't matter any more
+    assert same(parts, whole[1])
+    assert [step for step, _ in checkpoints(tmp_path)] == [4]
+
+
+def test_another_seed_gives_other_weights(whole, tmp_path):
+    assert not same(run(tmp_path, replace(SHORT, seed=1)), whole[1])
+
+
+def test_logs_and_sheets_are_written_while_training(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((whole[0] / "logs").rglob("events*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("loss/diffusion")] == [1, 2, 3, 4]
+    assert all(event.value > 0 for name in ("correspondence", "position") for event in events.Scalars(f"loss/{name}"))
+    assert "validation/error" in events.Tags()["scalars"] and events.Tags()["images"] == ["sample"]
+    sheet = cv2.imread(str(whole[0] / "sheets" / "000004.png"))
+    assert sheet.shape == (4 * 64, 8 * 64, 3) and np.ptp(sheet) > 50  # truth and sample of two views, eight frames
+
+
+def test_the_weights_are_the_running_average_and_load_again(whole, tmp_path):
+    model = load_small(whole[0] / "features.safetensors")
+    assert model.unet.config == TINY
+    with safe_open(whole[0] / "features.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["trained"])["step"] == 4
+    (state,) = [load_file(path / "model.safetensors") for _, path in checkpoints(whole[0])]
+    assert not same({name: tensor.half() for name, tensor in state.items()}, whole[1])
+    further = run(tmp_path, replace(SHORT, steps=1, learning_rate=0.0), model)
+    assert same(further, whole[1])  # a step of length 0 keeps what was loaded
+
+
+def test_a_file_that_holds_no_network_is_refused(tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError) as caught:
+        load_small(tmp_path / "weights.safetensors")
+    assert caught.value.code == "bad_features"
+
+
+def test_accumulated_batches_make_the_step_of_a_larger_batch(tmp_path):
+    """Two batches of one clip have the gradient of their mean; seen by the first step's direction, which Adam takes by sign."""
+    model, generator = tiny(), torch.Generator().manual_seed(0)
+    batches = list(load_batches(Procedural(), ClipShape(1, 3, 32), 1, 0, 0, 2, workers=0))
+    settings = replace(SHORT, steps=1, accumulation=2, shapes=((1, 3),), warm_up=1, average=0.0)
+    before = {name: value.detach().clone() for name, value in model.unet.named_parameters()}
+    for part, batch in enumerate(batches):
+        generator = noise_generator(0, part, 0)
+        (video_losses(model, model.unet, batch, settings, generator).total(settings) / 2).backward()
+    gradients = {name: value.grad.clone() for name, value in model.unet.named_parameters() if value.grad is not None}
+    model.unet.zero_grad(set_to_none=True)
+    train(tmp_path, model, Procedural(), settings, workers=0)
+    agreed = []
+    for name, value in gradients.items():
+        clear = value.abs() > 1e-5
+        moved = dict(model.unet.named_parameters())[name] - before[name]
+        agreed.append((moved.sign() == -value.sign())[clear].float().mean() if clear.any() else torch.tensor(1.0))
+    assert torch.stack(agreed).mean() > 0.99
+
+
+def test_checkpointing_and_bf16_change_memory_and_precision_only():
+    batch = next(iter(load_batches(Procedural(), ClipShape(2, 3, 32), 2, 0, 0, 1, workers=0)))
+    model = tiny()
+    values = []
+    for checkpointing, bf16 in ((False, False), (True, False), (False, True)):
+        model.unet.gradient_checkpointing = checkpointing
+        model.unet.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = video_losses(model, model.unet, batch, SHORT, noise_generator(0, 0, 0)).total(SHORT)
+        loss.backward()
+        values.append((loss.item(), torch.cat([p.grad.flatten() for p in model.unet.parameters() if p.grad is not None])))
+    assert values[0][0] == values[1][0]
+    torch.testing.assert_close(values[0][1], values[1][1])
+    assert values[2][0] == pytest.approx(values[0][0], rel=0.05)
+    assert F.cosine_similarity(values[0][1], values[2][1], dim=0) > 0.95
+
+
+def test_the_published_size_trains_adapter_and_motion_modules_only():
+    with torch.device("meta"):
+        unet = MultiViewUNet(UNetConfig.published())
+    chosen = trained_parameters(unet)
+    assert sum(value.numel() for value in chosen.values()) == 642_699_562 and len(chosen) == 846  # Animate3D's train.py
+    assert all("motion_modules" in name or "_i2v" in name for name in chosen)
+    assert len(trained_parameters(tiny().unet)) == len(list(tiny().unet.parameters()))
+
+
+def test_frozen_parts_stay_as_they_are(published, tmp_path):
+    """The published size's way, on a narrow network: text and pictures through encoders, the rest of the 2D network frozen."""
+    model = load_published(convert_published(published, tmp_path / "converted"))
+    before = {name: value.clone() for name, value in model.unet.state_dict().items()}
+    settings = VideoTraining(steps=1, shapes=((2, 3),), size=32, learning_rate=1e-3, warm_up=1, precision="no")
+    weights = load_file(train(tmp_path / "out", model, Procedural(), settings, workers=0))
+    moved = {name for name, value in model.unet.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and moved <= set(trained_parameters(model.unet))
+    assert weights.keys() == set(trained_parameters(model.unet))
+
+
+def test_training_brings_the_losses_down(tmp_path):
+    """The same few clips again and again: the features learn to follow their points."""
+    settings = VideoTraining.small(batch=2, shapes=((1, 4),), size=32, first_frame=0.1, step_power=6.0)
+    model = tiny()
+    batch = next(iter(load_batches(Procedural(), ClipShape(1, 4, 32), 2, 0, 0, 1, workers=0)))
+    optimizer = torch.optim.AdamW(model.unet.parameters(), 3e-3)
+    history = []
+    for step in range(40):
+        losses_now = video_losses(model, model.unet, batch, settings, noise_generator(0, step, 0))
+        optimizer.zero_grad()
+        losses_now.total(settings).backward()
+        optimizer.step()
+        history.append((losses_now.position.item(), losses_now.correspondence.item()))
+    first, last = np.mean(history[:5], 0), np.mean(history[-5:], 0)
+    assert last[0] < 0.6 * first[0]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(tmp_path):
+    """Through accelerate's launcher: both draw other clips, and step together. Slow: two more processes import torch."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--multi_cpu", "--num_processes", "2",
+               "--num_machines", "1", "-m", "track4d", "train", "video", "--out", str(tmp_path), "--steps", "2", "--batch", "1",
+               "--workers", "0"]
+    subprocess.run(command, check=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    model = load_small(tmp_path / "features.safetensors")
+    assert all(torch.isfinite(value).all() for value in model.unet.parameters())
+    assert len(list(checkpoints(tmp_path)[0][1].glob("random_states_*.pkl"))) == 2
+
+
+def test_clips_that_cannot_be_trained_on_are_refused(tmp_path):
+    with pytest.raises(InputError) as caught:
+        run(tmp_path, replace(SHORT, shapes=((4, 1),)))
+    assert caught.value.code == "bad_training"

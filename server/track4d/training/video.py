@@ -331,12 +331,11 @@ def save_weights(out: Path, unet: MultiViewUNet, average: EMAModel, parameters: 
     path = weights_path(out, unet.config)
     partial = path.with_name(path.name + ".partial")
     with averaged(average, parameters):
-        tensors = {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
-    if unet.config.vocabulary:
-        save_small(partial, tensors, unet.config, trained)
-    else:
-        kept = {name: tensor.half().contiguous() for name, tensor in tensors.items() if name in parameters}
-        save_file(kept, partial, {"trained": json.dumps(trained)})
+        if unet.config.vocabulary:
+            save_small(partial, unet.state_dict(), unet.config, trained)
+        else:
+            kept = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in parameters.items()}
+            save_file(kept, partial, {"trained": json.dumps(trained)})
     os.replace(partial, path)
 
 
@@ -345,7 +344,7 @@ def write_sheet(
     accelerator: Accelerator, out: Path, model: MultiViewVideo, validation: Source, settings: VideoTraining, step: int
 ) -> None:
     """Truth above sample for two views of a validation clip, and how well its points are tracked by features."""
-    shape = ClipShape(2, 8, settings.size)
+    shape = ClipShape(2, 8, model.size)
     clip = validation(settings.seed, 0, shape)
     model.unet.eval()
     sample = model.generate(clip.video[:, 0], clip.viewmats, clip.caption, shape.frames, steps=10, guidance=1.0, seed=0)
