@@ -220,7 +220,7 @@ def test_a_file_that_holds_no_network_is_refused(tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError) as caught:
         load_small(tmp_path / "weights.safetensors")
-    assert caught.value.code == "bad_features"
+    assert caught.value.code == "bad_network_file"
 
 
 def test_accumulated_batches_make_the_step_of_a_larger_batch(tmp_path):

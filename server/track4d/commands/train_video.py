@@ -46,7 +46,7 @@ def train_video(
     from ..video.unet import MultiViewUNet
 
     if published is not None and data is None:
-        raise InputError("no_clips", "The published model is trained on clips of its own size.",
+        raise InputError("no_training_clips", "The published model is trained on clips of its own size.",
                          "Render some, track4d dataset render MODELS -o FOLDER --size 256, and give --data FOLDER.")
     defaults = VideoTraining() if published else VideoTraining.small()
     settings = replace(defaults, steps=steps or defaults.steps, batch=batch or defaults.batch, accumulation=accumulation,

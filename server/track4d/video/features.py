@@ -120,7 +120,7 @@ def load_small(path: Path | None = None) -> MultiViewVideo:
         unet = MultiViewUNet(config)
         unet.load_state_dict(tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError("bad_features", f"'{path}' holds no weights of the small video network: {error}",
+        raise InputError("bad_network_file", f"'{path}' holds no weights of the small video network: {error}",
                          "Use a file written by track4d train video, or install Track4D again.") from error
     return MultiViewVideo(unet.requires_grad_(False).eval())
 
