@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .video.unet import MultiViewUNet, UNetConfig
 
 VAE_SCALE = 8  # pixels along the edge of a latent cell of the published size
-GUIDED = 2  # classifier-free guidance denoises a video twice at once, with the prompt and without it
+GUIDED = 2  # classifier-free guidance denoises a video twice a step, with the prompt and then without it
 GIGABYTE = 1e9
 
 
@@ -38,14 +38,14 @@ class Plan(NamedTuple):
     peak: int
 
 
-def plan(config: UNetConfig, views: int, frames: int, height: int, width: int, batch: int = GUIDED) -> Plan:
-    """Predicts the cost of one denoising step, without gradients.
+def plan(config: UNetConfig, views: int, frames: int, height: int, width: int, batch: int = 1) -> Plan:
+    """Predicts the cost of one forward pass without gradients.
 
     Args:
         config: the network's sizes.
         views, frames: V, F.
         height, width: of what the network denoises: latent cells for the published size, pixels for the small one.
-        batch: videos at once; 2 is one video under classifier-free guidance.
+        batch: videos at once.
 
     Raises:
         InputError: more frames than the network takes, or a size that its patches don't fill.
@@ -101,13 +101,14 @@ def show(views: int, frames: int, resolution: int | None, console: Console) -> N
     for name, config, pixels, scale in (("published", UNetConfig.published(), resolution or 256, VAE_SCALE),
                                         ("small", UNetConfig.small(), resolution or 64, 1)):
         cost = plan(config, views, frames, pixels // scale, pixels // scale)
-        table.add_row(name, f"{views} x {frames} x {pixels} px", f"{cost.parameters:,}", f"{cost.flops / 1e12:.3f}",
+        table.add_row(name, f"{views} x {frames} x {pixels} px", f"{cost.parameters:,}", f"{GUIDED * cost.flops / 1e12:.3f}",
                       f"{cost.weights / GIGABYTE:.3f}", f"{cost.peak / GIGABYTE:.2f}", f"{cost.peak / 2 / GIGABYTE:.2f}")
     console.print(table)
     free, place = psutil.virtual_memory().available, "in this machine's memory"
     if torch.cuda.is_available():
         free, place = torch.cuda.mem_get_info()[0], f"on {torch.cuda.get_device_name()}"
-    console.print(f"A step denoises {GUIDED} videos, with the prompt and without. {free / GIGABYTE:.1f} GB are free {place}.")
+    console.print(f"A step denoises the video {GUIDED} times, with the prompt and then without. "
+                  f"{free / GIGABYTE:.1f} GB are free {place}.")
 
 
 def live_bytes() -> Any:

@@ -16,7 +16,7 @@ SMALL = UNetConfig.small()
 
 
 def counted(network, device, views, frames, size):
-    """Operations of one guided step, attention as the matrix products that torch's own counter knows."""
+    """Operations of two videos at once, attention as the matrix products that torch's own counter knows."""
     config = network.config
     text = (torch.zeros(2, config.text_tokens, dtype=torch.long, device=device) if config.vocabulary
             else torch.zeros(2, config.text_tokens, config.text_dim, device=device))
@@ -30,20 +30,20 @@ def counted(network, device, views, frames, size):
 def test_operations_are_those_of_a_real_run():
     network = MultiViewUNet(SMALL)
     for views, frames, size in ((4, 2, 32), (2, 3, 64)):
-        predicted = plan(SMALL, views, frames, size, size).flops
+        predicted = plan(SMALL, views, frames, size, size, batch=2).flops
         assert predicted == pytest.approx(counted(network, "cpu", views, frames, size), rel=0.01)
 
 
 def test_a_short_run_scaled_is_within_a_tenth():
     """Twice as many frames are twice the work, but for the attention over time."""
     measured = counted(MultiViewUNet(SMALL), "cpu", 4, 2, 64)
-    assert plan(SMALL, 4, 16, 64, 64).flops == pytest.approx(8 * measured, rel=0.1)
+    assert plan(SMALL, 4, 16, 64, 64, batch=2).flops == pytest.approx(8 * measured, rel=0.1)
 
 
 def test_operations_of_the_published_size():
     with torch.device("meta"):
         network = MultiViewUNet(UNetConfig.published())
-    cost = plan(UNetConfig.published(), 4, 16, 32, 32)
+    cost = plan(UNetConfig.published(), 4, 16, 32, 32, batch=2)
     assert cost.flops == pytest.approx(counted(network, "meta", 4, 16, 32), rel=0.01)
     assert cost.parameters == 1_526_201_582 and cost.weights == sum(4 * t.numel() for t in network.state_dict().values())
     assert cost.flops == pytest.approx(51.6e12, rel=0.01)
@@ -74,9 +74,9 @@ def test_peak_memory_is_that_of_a_real_run():
     run = subprocess.run([sys.executable, "-c", MEMORY, "8"], capture_output=True, text=True, check=True,
                          env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"})
     measured = int(run.stdout)
-    cost = plan(SMALL, 4, 8, 64, 64)
+    cost = plan(SMALL, 4, 8, 64, 64, batch=2)
     assert cost.peak - cost.weights == pytest.approx(measured, rel=0.1)
-    longer = plan(SMALL, 4, 16, 64, 64)
+    longer = plan(SMALL, 4, 16, 64, 64, batch=2)
     assert longer.peak - longer.weights == pytest.approx(2 * measured, rel=0.1)
 
 
@@ -94,7 +94,7 @@ def test_live_bytes_are_counted_until_they_are_freed():
 
 def test_plan_allocates_nothing():
     """A video that hardly any machine could hold is planned all the same."""
-    assert plan(SMALL, 4, 32, 512, 512).peak > 40e9
+    assert plan(SMALL, 4, 32, 512, 512).peak > 20e9
 
 
 def test_command_prints_both_sizes():
@@ -103,6 +103,7 @@ def test_command_prints_both_sizes():
     result = CliRunner().invoke(app, ["doctor", "--plan", "--views", "2", "--frames", "4"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "1,526,201,582" in result.output and "2 x 4 x 256 px" in result.output and "2 x 4 x 64 px" in result.output
+    assert f"{2 * plan(SMALL, 2, 4, 64, 64).flops / 1e12:.3f}" in result.output
 
 
 @pytest.mark.parametrize("arguments, code", [(["--frames", "65"], "too_many_frames"),
