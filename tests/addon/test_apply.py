@@ -38,6 +38,7 @@ def test_two_objects_move_as_the_result_says(kit, load) -> None:
         "frame_start": 1,
         "frame_end": 16,
         "vertices": 3514,
+        "take": made["take"],
     }
     assert {o.data.shape_keys.animation_data.action.name for o in shark} == {"Track4D: the shark swims"}
     assert [a.name for a in bpy.data.actions] == ["Track4D: the shark swims"]
@@ -236,8 +237,9 @@ def test_mark_tells_what_was_made(kit, cone) -> None:
 
     seen = capture.snapshot([cone])
     apply.shape_keys(seen, kit.wave(seen.vertices, prompt="the cone rolls"))
-    mark = marks.read(cone.data.shape_keys)
-    assert (mark["prompt"], mark["seed"], mark["preset"]) == ("the cone rolls", 3, "fast") and len(mark["keys"]) == 6
+    ((take, record),) = marks.history(cone).items()
+    assert (record["prompt"], record["seed"], record["preset"]) == ("the cone rolls", 3, "fast")
+    assert marks.shown(cone.data.shape_keys) == take and len(marks.takes(cone.data.shape_keys)[take]) == 6
 
 
 def add_vertex(cone) -> None:
@@ -291,3 +293,40 @@ def test_large_mesh(kit) -> None:
     result = kit.wave(seen.vertices, 16)
     apply.shape_keys(seen, result)
     assert_moves_as(kit, seen, result, [grid])
+
+
+@pytest.mark.parametrize("case", ["plain", "two objects", "own action"])
+def test_takes_side_by_side(kit, cone, case) -> None:
+    """Three results on the same objects: each as an action of its own, one at a time, and each gone without trace."""
+    from track4d_addon import marks
+
+    objects = [cone, kit.make_cone("Second")] if case == "two objects" else [cone]
+    smile = give_keys(cone) if case == "own action" else None
+    seen = capture.snapshot(objects)
+    if smile:
+        smile.keyframe_insert("value", frame=3)
+    before = kit.everything()
+    results = {f"take {n}": kit.wave(seen.vertices, 4 + n, f"way {n}") for n in range(3)}
+    for take, result in results.items():
+        made = apply.shape_keys(seen, result, take=take)
+        assert made["take"] == take
+        assert_moves_as(kit, seen, result, objects)
+    keys = cone.data.shape_keys
+    if not smile:
+        assert sorted(action.name for action in bpy.data.actions) == ["Track4D: way 0", "Track4D: way 1", "Track4D: way 2"]
+        assert all(action.users for action in bpy.data.actions), "Blender would drop it on saving"
+    for take in ("take 0", "take 2", "take 1"):
+        apply.show(objects, take)
+        assert marks.shown(keys) == take
+        assert_moves_as(kit, seen, results[take], objects)
+    apply.shape_keys(seen, results["take 0"], take="take 1")  # the same take again replaces it alone
+    assert list(marks.history(cone)) == ["take 0", "take 2", "take 1"]
+    assert_moves_as(kit, seen, results["take 0"], objects)
+    assert apply.remove(objects, "take 1") == len(objects)
+    assert marks.shown(keys) == "take 2"
+    assert_moves_as(kit, seen, results["take 2"], objects)
+    assert len(keys.key_blocks) == (3 if smile else 1) + 4 + 6
+    assert apply.remove(objects, "no such take") == 0
+    apply.remove(objects)
+    bpy.context.scene.frame_set(before["Scene"][7])
+    assert kit.everything() == before and marks.MARK not in cone
