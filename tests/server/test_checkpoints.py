@@ -186,7 +186,9 @@ def test_a_whole_unet_with_prefixes_is_taken_as_training_saves_it(published_copy
     assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())
 
 
-def test_conversion_happens_once_and_changes_nothing(published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_conversion_happens_once_and_changes_nothing(published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no cache"))
     out = tmp_path / "models" / "published"
     with caplog.at_level("INFO"):
         assert convert_published(published, out) == out
@@ -198,7 +200,10 @@ def test_conversion_happens_once_and_changes_nothing(published: Path, tmp_path: 
 
     written = (out / "unet.safetensors").stat().st_mtime_ns
     convert_published(published, out)
+    assert convert_published(None, out) == out  # the downloads may be thrown away
     assert (out / "unet.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(InputError):
+        convert_published(tmp_path / "another place", out)
     (out / "unet.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError) as damaged:
         load_published(out)

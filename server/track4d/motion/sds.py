@@ -7,11 +7,16 @@ video model works on the moving frames' latents of rendered pictures, the motion
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..video.sampling import TRAINING_STEPS, add_noise, guided
+from ..video.sampling import ALPHA_BARS, TRAINING_STEPS, add_noise, guided
+
+if TYPE_CHECKING:
+    from ..video.multiview_video import MultiViewVideo
 
 # Animate3D's published settings. Its code writes the guidance as cond + 5 (cond - free), which is 6 in the usual form.
 GUIDANCE = 6.0
@@ -51,11 +56,7 @@ def sds_loss(latents: Tensor, denoise: Callable[[Tensor], tuple[Tensor, Tensor]]
              guidance: float = GUIDANCE, rescale: float = RESCALE) -> Tensor:
     """Half the squared distance of the latents to their reconstruction, per picture (Track4DGen, Eq. 11).
 
-    The gradient reaches the latents alone, (z - z0_hat) / (V M), not through the model. With the multi-view video model:
-
-        t = draw_timestep(generator)
-        first, moving = latents[:, 0], latents[:, 1:]
-        loss = sds_loss(moving, lambda noisy: model.predictions(noisy, first, t, conditions), ALPHA_BARS[t], noise)
+    The gradient reaches the latents alone, (z - z0_hat) / (V M), not through the model.
 
     Args:
         as `reconstruct`; latents [V, M, ...] are those of the moving frames, the first one isn't counted.
@@ -65,3 +66,37 @@ def sds_loss(latents: Tensor, denoise: Callable[[Tensor], tuple[Tensor, Tensor]]
     """
     wanted = reconstruct(latents, denoise, alpha_bar, noise, guidance, rescale)
     return 0.5 * (latents - wanted).square().sum() / (latents.shape[0] * latents.shape[1])
+
+
+def video_prior(model: MultiViewVideo, prompt: str, viewmats: Tensor, first_frames: Tensor, seed: int = 0,
+                guidance: float = GUIDANCE, rescale: float = RESCALE) -> Callable[[Tensor], Tensor]:
+    """4D-SDS by the multi-view video model, as a loss on rendered pictures (Track4DGen, Eq. 11).
+
+    Args:
+        model: of either size.
+        prompt: a sentence.
+        viewmats: [V, 4, 4] world-to-camera, canonical space.
+        first_frames: [V, 4, S, S] premultiplied RGBA in 0..1 of the object at rest.
+        seed: of steps and noise.
+
+    Returns:
+        a function from the moving frames [M, V, S, S, 4], premultiplied RGBA in 0..1, to the loss. Pictures are brought to
+        the model's size; each call draws another step and other noise.
+    """
+    def fitted(pictures: Tensor) -> Tensor:  # [N, 4, S, S]
+        same = pictures.shape[-2:] == (model.size, model.size)
+        return pictures if same else F.interpolate(pictures, (model.size, model.size), mode="bilinear", antialias=True)
+
+    generator = torch.Generator().manual_seed(seed)
+    conditions = model.conditions(prompt, viewmats, fitted(first_frames))
+    with torch.no_grad():
+        first = model.encode(fitted(first_frames))  # [V, C, h, w]
+
+    def loss(pictures: Tensor) -> Tensor:
+        t = draw_timestep(generator)
+        latents = model.encode(fitted(pictures.permute(1, 0, 4, 2, 3).flatten(0, 1))).unflatten(0, (len(first), -1))
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        return sds_loss(latents, lambda noisy: model.predictions(noisy, first, t, conditions), ALPHA_BARS[t], noise, guidance,
+                        rescale)
+
+    return loss

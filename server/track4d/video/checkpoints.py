@@ -317,7 +317,8 @@ def convert_published(folder: Path | None, out: Path) -> Path:
 
     Args:
         folder: as `find_published`.
-        out: the converted folder, left alone if it is there and made from the same files.
+        out: the converted folder, left alone if it is there and made from the same files, or if `folder` is None and the
+            downloads have gone.
 
     Returns:
         `out`.
@@ -325,7 +326,12 @@ def convert_published(folder: Path | None, out: Path) -> Path:
     Raises:
         InputError: as `find_published` and `assemble_unet`, or an encoder is damaged.
     """
-    found = find_published(folder)
+    try:
+        found = find_published(folder)
+    except InputError:
+        if folder is None and is_converted(out):
+            return out
+        raise
     files = sorted(file for place in found.values() for file in place.rglob("*")
                    if file.suffix in (".json", ".bin", ".ckpt", ".safetensors"))
     stamp = {str(file): [file.stat().st_size, int(file.stat().st_mtime)] for file in files}
