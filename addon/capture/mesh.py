@@ -149,7 +149,7 @@ def snapshot(objects: Sequence[bpy.types.Object], may_be_animated: bool = False)
 
 
 def _read(copies: PlainCopies) -> Snapshot:
-    to_world = _upright_frame(copies.items[0].matrix_world)
+    to_world = upright_frame(copies.items[0].matrix_world)
     from_world = np.linalg.inv(to_world)
     colors, vertices, faces, uvs, materials, items, start = BaseColors(), [], [], [], [], [], 0
     for copy in copies.items:
@@ -309,7 +309,7 @@ def _check_geometry(copy: PlainCopy, points: np.ndarray) -> None:
 # Capture space
 
 
-def _upright_frame(matrix_world: np.ndarray) -> np.ndarray:
+def upright_frame(matrix_world: np.ndarray) -> np.ndarray:
     """Location and turn about world Z of an object's matrix; [4, 4] float64, rigid.
 
     The turn is the twist part of the rotation. A mirrored matrix is a rotation times the mirroring of one axis: of the
