@@ -2,8 +2,8 @@
 
 python benchmarks/ablation.py [--out runs/ablation] [--base-steps 300] [--steps 100] [--seeds 3] [--clips 16]
 
-All variants start from one base that was trained with the diffusion loss alone, and see the same clips. A run that was stopped goes
-on where it was. Scores are of the supervised features, on held-out procedural objects, over points that move.
+All variants start from one base that was trained with the diffusion loss alone, and see the same clips. A run that was stopped
+goes on where it was. Scores are of the supervised features, on held-out procedural objects, over points that move.
 """
 
 from __future__ import annotations

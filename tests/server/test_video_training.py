@@ -299,11 +299,10 @@ def test_training_brings_the_losses_down(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_one_network(tmp_path):
-    """Through accelerate's launcher: both draw other clips, and step together. Slow: two more processes import torch."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--multi_cpu", "--num_processes", "2",
-               "--num_machines", "1", "-m", "track4d", "train", "video", "--out", str(tmp_path), "--steps", "2", "--batch", "1",
-               "--workers", "0"]
-    subprocess.run(command, check=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """Both draw other clips, and step together. Slow: two more processes import torch."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "track4d"]
+    command = [*launch, "train", "video", "--out", str(tmp_path), "--steps", "2", "--batch", "1", "--workers", "0"]
+    subprocess.run(command, check=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     model = load_small(tmp_path / "features.safetensors")
     assert all(torch.isfinite(value).all() for value in model.unet.parameters())
     assert len(list(checkpoints(tmp_path)[0][1].glob("random_states_*.pkl"))) == 2

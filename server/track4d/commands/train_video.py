@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,11 +59,12 @@ def train_video(
         model = load_small(start) if start else MultiViewVideo(MultiViewUNet(FEATURE_UNET))
     clips, held_out = (open_clips(data, validation, published is None) for validation in (False, True))
     console = Console(stderr=True, highlight=False)
-    with Progress(console=console) as progress:
+    with Progress(console=console, disable=os.environ.get("RANK", "0") != "0") as progress:  # one bar, not one per process
         bar = progress.add_task("training", total=settings.steps)
         weights = train(out, model, clips, settings, held_out, resume, workers,
                         lambda stage, step, total, preview=None: progress.update(bar, completed=step, total=total))
-    console.print(f"wrote {weights}")
+    if not progress.disable:
+        console.print(f"wrote {weights}")
 
 
 def open_clips(data: Path | None, validation: bool, mixed: bool) -> Source:

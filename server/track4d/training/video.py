@@ -212,6 +212,10 @@ def train(
     average = EMAModel(list(parameters.values()), settings.average)
     accelerator.register_for_checkpointing(average)
     step = load_newest(accelerator, out) if resume else 0
+    average.to(accelerator.device)
+    if model.encoders is not None:
+        half = torch.float16 if accelerator.device.type == "cuda" else torch.float32
+        model.encoders = model.encoders.to(accelerator.device, half)
     batches = iterate(source, settings, step, accelerator, workers)
 
     def keep() -> None:
