@@ -15,7 +15,7 @@ from track4d_protocol.space import BACKGROUND, Similarity, canonical_similarity
 
 from .gaussians.appearance import refine_appearance
 from .gaussians.cloud import Cloud, seed_cloud
-from .gaussians.light import fit_colors, resample_sh
+from .gaussians.light import fit_light, resample_sh
 from .gaussians.spherical_harmonics import rotate_sh, sh_from_colors
 from .geometry.mesh import Mesh, check_mesh
 from .geometry.zbuffer import over, render
@@ -67,15 +67,14 @@ def run(request: Request, report: Report) -> Result:
             filming = stepped_back(viewmats, wanted)
             video = decode_video(mesh, wanted, filming, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
             tracks = Tracks3D(wanted, generated.confidence)
-            glimpse = grid(on_grey(video[:, FITTED_FRAMES // 3]))
-            report("generate", quality.sampling_steps, quality.sampling_steps, glimpse)
+            report("generate", quality.sampling_steps, quality.sampling_steps, moving_grid(video), similarity.invert(wanted))
     else:
         video, tracks, filming = arrays["video"], None, viewmats
         stills = read_footage(video, viewmats, Ks).straight_views()
         shading = estimate_shading(mesh, stills, viewmats, Ks)
 
     with clock("appearance"):  # Stage Two
-        cloud = surface_gaussians(mesh, stills, viewmats, Ks, quality, settings.seed)
+        cloud = surface_gaussians(mesh, stills, viewmats, Ks, shading, quality, settings.seed)
         sh = sh_from_colors(cloud.colors)  # [G, K, W, 3]
 
     footage = read_footage(video, filming, Ks)
@@ -86,12 +85,14 @@ def run(request: Request, report: Report) -> Result:
         else:
             found = reconstruct_motion(mesh, cloud, footage, quality.paper, seed=settings.seed, report=report)
             field, sh = found.field, found.coefficients
+        report("fit", 1, 1, motion=similarity.invert(field.vertices))
     if tracks is None and quality.paper is None:  # the generator's video shows its tracks and nothing else: no more to be learnt
         with clock("refine"):
             field = refine_motion(mesh, field, footage, shading, quality.refine, seed=settings.seed, report=report).field
             if quality.color_steps:
-                sh = fit_colors(cloud, mesh.faces, field.vertices, object_pictures(footage), footage.viewmats, footage.Ks,
-                                quality.sh_degree, quality.sh_terms, quality.color_steps, settings.seed, report=report)
+                cloud, sh = fit_light(cloud, mesh.faces, field.vertices, object_pictures(footage), footage.masks,
+                                      footage.viewmats, footage.Ks, quality.sh_degree, quality.sh_terms, quality.color_steps,
+                                      settings.seed, report=report)
 
     with clock("sample"):
         strength = settings.strength if settings.task == "fit" else 1.0  # a generated motion has it already
@@ -124,7 +125,7 @@ def describe() -> dict[str, str]:
     """What the server tells its clients of itself; loads the generator, so that the first job finds it warm."""
     shipped_generator()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {"device": device, "model": "Track4D motion, shipped weights"}
+    return {"device": device, "model": "Track4D motion, shipped weights", "licence": "CC0 1.0"}
 
 
 class Clock:
@@ -168,9 +169,15 @@ def word_warnings(generator: MotionGenerator, prompt: str) -> list[dict[str, str
              "action": f"It knows these motions: {', '.join(generator.known_verbs())}."}]
 
 
-def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, quality: Preset, seed: int) -> Cloud:
-    """Gaussians on the mesh's vertices and triangles, their appearance fitted to the still pictures."""
+def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, shading: np.ndarray, quality: Preset,
+                      seed: int) -> Cloud:
+    """Gaussians on the mesh's vertices and triangles, their appearance fitted to the still pictures.
+
+    They start with the shaded texture, also where no picture shows them.
+    """
     cloud = seed_cloud(mesh, quality.gaussians, torch.Generator().manual_seed(seed))
+    corners = torch.from_numpy(np.asarray(shading, np.float32)[mesh.faces])[cloud.triangles]  # [G, 3, 3], corner then colour
+    cloud.colors = (cloud.colors * (corners * cloud.barycentric[..., None]).sum(1)).clamp(0, 1)  # [G, 3]
     alphas = torch.from_numpy(stills[..., 3].astype(np.float32) / 255)  # [V, H, W]
     return refine_appearance(cloud, torch.from_numpy(mesh.faces), torch.from_numpy(mesh.vertices),
                              torch.from_numpy(on_grey(stills)), alphas, torch.from_numpy(viewmats), torch.from_numpy(Ks),
@@ -203,6 +210,11 @@ def grid(pictures: np.ndarray) -> np.ndarray:
     padded[:len(pictures)] = pictures
     rows = [np.concatenate(list(half), 1) for half in np.split(padded, 2)] if count > 1 else [padded[0]]
     return (np.concatenate(rows, 0).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def moving_grid(video: np.ndarray) -> np.ndarray:
+    """The views of a video [V, F, H, W, 4] side by side in every frame; a film [F, H', W', 3] uint8."""
+    return np.stack([grid(on_grey(video[:, frame])) for frame in range(video.shape[1])])
 
 
 def moved(vertices: np.ndarray) -> float:

@@ -31,7 +31,7 @@ class Preset:
     gaussians: int
     appearance_steps: int
     refine: RefinePreset
-    sh_degree: int = 1
+    sh_degree: int = 0
     sh_terms: int = 6
     color_steps: int = 60
     paper: PaperPreset | None = None
@@ -40,10 +40,10 @@ class Preset:
 # The names that `track4d_protocol.messages.PRESETS` lets in.
 PRESETS = {
     "fast": Preset(sampling_steps=8, fit=FAST, gaussians=5_000, appearance_steps=40, refine=RefinePreset(rounds=0),
-                   sh_degree=0, sh_terms=1, color_steps=0),
-    "default": Preset(sampling_steps=25, fit=DEFAULT, gaussians=10_000, appearance_steps=80, refine=RefinePreset()),
+                   sh_terms=1, color_steps=0),
+    "default": Preset(sampling_steps=25, fit=DEFAULT, gaussians=20_000, appearance_steps=80, refine=RefinePreset()),
     "fine": Preset(sampling_steps=50, fit=DEFAULT, gaussians=20_000, appearance_steps=160,
-                   refine=RefinePreset(rounds=6, steps=80), sh_degree=2, sh_terms=8, color_steps=200),
+                   refine=RefinePreset(rounds=6, steps=80), sh_degree=1, sh_terms=8, color_steps=200),
     "paper": Preset(sampling_steps=25, fit=DEFAULT, gaussians=20_000, appearance_steps=80, refine=RefinePreset(rounds=0),
                     paper=PAPER),
 }
