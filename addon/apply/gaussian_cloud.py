@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import bpy
 import numpy as np
-from track4d_protocol.errors import InputError
-from track4d_protocol.splats import GREY, Splats, sh_rows
+from track4d_protocol.errors import InputError, ServerError
+from track4d_protocol.messages import Result
+from track4d_protocol.splats import C0, GREY, Splats, sh_rows
+
+CLOUD = "track4d_cloud"  # property of a cloud: {"take", "frame_start", "step"}
 
 CUTOFF = 3.0  # standard deviations at which an ellipsoid ends
 MOST_ROWS = 1 << 24  # beyond it the index, a float where Blender 4.2 computes it, is not exact
@@ -66,6 +70,7 @@ def gaussian_cloud(
     collection = bpy.context.scene.collection
     for obj in (cloud, stack):
         collection.objects.link(obj)
+    cloud[CLOUD] = {"take": "", "frame_start": frame_start, "step": float(step)}
     cloud.matrix_world = np.eye(4) if matrix is None else matrix
     stack.parent = cloud
     stack.hide_set(True)
@@ -76,6 +81,96 @@ def gaussian_cloud(
     if cycles is not None:
         cycles.transparent_max_bounces = max(cycles.transparent_max_bounces, TRANSPARENT_BOUNCES)
     return cloud
+
+
+def is_cloud(obj: bpy.types.Object) -> bool:
+    """Whether an object is a Gaussian cloud of ours."""
+    return CLOUD in obj
+
+
+def splats_of_result(result: Result, fps: float = 24.0) -> Splats:
+    """The Gaussians that the server made, in capture space.
+
+    Raises:
+        ServerError: no_gaussians, bad_result.
+    """
+    arrays = result.arrays
+    names = ("gaussian_means", "gaussian_quats", "gaussian_scales", "gaussian_opacities")
+    if not {*names, "gaussian_colors"} <= arrays.keys():
+        raise ServerError("no_gaussians", "The result has no Gaussians.", "Update the server, and animate again.")
+    means, quats, scales, opacities = (np.asarray(arrays[name], np.float32) for name in names)
+    constant = (np.asarray(arrays["gaussian_colors"], np.float32)[:, None, None] - GREY) / C0  # [G, 1, 1, 3]
+    sh = np.asarray(arrays.get("gaussian_sh", constant), np.float32)
+    count = means.shape[1] if means.ndim == 3 else -1
+    whole = means.shape == (len(means), count, 3) and quats.shape == (len(means), count, 4) and scales.shape == (count, 3)
+    if not whole or opacities.shape != (count,) or sh.ndim != 4 or len(sh) != count or sh.shape[3] != 3:
+        raise ServerError(
+            "bad_result",
+            "The Gaussians of the result don't fit together.",
+            "Animate again; if it happens again, please report it.",
+        )
+    if not all(np.isfinite(values).all() for values in (means, quats, scales, opacities, sh)):
+        raise ServerError("bad_result", "The result has Gaussians that are not finite.", "Animate again with another seed.")
+    return Splats(means, quats, scales, opacities, sh, fps)
+
+
+def placed(splats: Splats, matrix: Sequence[Sequence[float]]) -> Splats:
+    """The same Gaussians under a matrix [4][4] that turns, moves, and scales along all axes alike.
+
+    Raises:
+        InputError: sheared_cloud.
+    """
+    matrix = np.array(matrix, np.float64)
+    size = np.cbrt(np.linalg.det(matrix[:3, :3]))
+    if size <= 0 or np.abs(matrix[:3, :3].T @ matrix[:3, :3] / size**2 - np.eye(3)).max() > 1e-4:
+        raise InputError(
+            "sheared_cloud",
+            "The Gaussian cloud is mirrored, or scaled differently along its axes.",
+            "Give the cloud and its parents the same positive scale along X, Y and Z.",
+        )
+    turned = splats.turned(matrix[:3, :3] / size)
+    return replace(
+        turned,
+        means=(turned.means * size + matrix[:3, 3]).astype(np.float32),
+        scales=(turned.scales * size).astype(np.float32),
+    )
+
+
+def read_cloud(cloud: bpy.types.Object) -> Splats:
+    """What `gaussian_cloud` made a cloud of, as it stands in the world now.
+
+    Of a cloud whose colours were taken along one direction, that is the colour from everywhere.
+
+    Raises:
+        InputError: sheared_cloud.
+    """
+    mesh, render = cloud.data, bpy.context.scene.render
+    nodes = next(modifier.node_group.nodes for modifier in cloud.modifiers if modifier.type == "NODES")
+    holders = [node.inputs["Object"].default_value for node in nodes if node.bl_idname == "GeometryNodeObjectInfo"]
+    stack = next(holder.data for holder in holders if holder is not None)
+    count = len(mesh.vertices)
+
+    def read(source: bpy.types.Mesh, attribute: str, width: int, field: str) -> np.ndarray:
+        values = np.empty(len(source.vertices) * width, np.float32)
+        source.attributes[attribute].data.foreach_get(field, values)
+        return values.reshape(-1, width)
+
+    harmonics = 0
+    while _coefficient(harmonics, 0) in mesh.attributes:
+        harmonics += 1
+    terms = 0
+    while _coefficient(0, terms) in mesh.attributes:
+        terms += 1
+    sh = [[read(mesh, _coefficient(k, w), 3, "vector") for w in range(terms)] for k in range(harmonics)]
+    splats = Splats(
+        means=read(stack, "position", 3, "vector").reshape(-1, count, 3),
+        quats=read(stack, "rotation", 4, "value").reshape(-1, count, 4),
+        scales=read(mesh, "size", 3, "vector") / CUTOFF,
+        opacities=read(mesh, "opacity", 1, "value")[:, 0],
+        sh=np.array(sh).transpose(2, 0, 1, 3) / (C0 if harmonics == 1 else 1.0),  # [G, K, W, 3]
+        fps=render.fps / render.fps_base / cloud[CLOUD]["step"],
+    )
+    return placed(splats, cloud.matrix_world)
 
 
 def remove_cloud(cloud: bpy.types.Object) -> None:
