@@ -14,12 +14,13 @@ from . import __version__, codec
 from .errors import TransportError, error_from_dict
 from .keys import Connection
 from .limits import FILE_LIMITS, LIMITS
-from .messages import Job, Request, Result, check_request
+from .messages import GLIMPSES, Job, Request, Result, check_request
 
 _SILENCE = 5.0  # seconds without a sign of the server after which it counts as lost
 _LONGEST_STEP = 2.0  # seconds of silence that one look at the socket can add (a sleeping laptop isn't a lost server)
 _HEARTBEAT = 1.0  # seconds between two signs of the client
 _CHUNKS_UNDERWAY = 4
+_REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
 
 class Client:
@@ -45,8 +46,7 @@ class Client:
         self._socket.curve_serverkey = connection.server_key
         self._socket.curve_publickey = connection.public_key
         self._socket.curve_secretkey = connection.secret_key
-        refusals = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        self._monitor = self._socket.get_monitor_socket(refusals)
+        self._monitor = self._socket.get_monitor_socket(_REFUSALS | zmq.EVENT_DISCONNECTED)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -57,7 +57,7 @@ class Client:
         self._silence = 0.0
         self._looked = time.monotonic()
         self._said = 0.0
-        self._heard = False
+        self._heard = self._cut = False
 
     def __enter__(self) -> Client:
         return self
@@ -66,8 +66,8 @@ class Client:
         self.close()
 
     def hello(self) -> dict[str, Any]:
-        """What the server is: server_version, protocol, device, model, limits, worker ("starting", "ready", "busy" or
-        "failed", then with worker_error).
+        """What the server is: server_version, protocol, device, model, licence (of the model), limits, waiting (jobs in the
+        queue), worker ("starting", "ready", "busy" or "failed", then with worker_error).
 
         Raises:
             TransportError: `server_unreachable`, `not_authorised` or `protocol_mismatch`.
@@ -117,8 +117,9 @@ class Client:
         while self._updates:
             job = self._updates.popleft()
             before = newest.pop(job.id, None)
-            if job.preview is None and before is not None:
-                job.preview = before.preview
+            for name in GLIMPSES:
+                if getattr(job, name) is None and before is not None:
+                    setattr(job, name, getattr(before, name))
             newest[job.id] = job
         self._check_silence(_SILENCE)
         return list(newest.values())
@@ -178,6 +179,11 @@ class Client:
         """
         self._ask("shutdown", {})
 
+    @property
+    def silence(self) -> float:
+        """Seconds of listening without a sign of the server; any thread may ask."""
+        return self._silence
+
     def close(self) -> None:
         """Ends the connection at once; what is not sent is dropped. Jobs on the server go on."""
         if not self._socket.closed:
@@ -188,7 +194,7 @@ class Client:
 
     def _job(self, kind: str, job_id: str) -> Job:
         answer = self._ask(kind, {"job": job_id})
-        return Job.from_dict(answer.body["job"], answer.arrays.get("preview"))
+        return Job.from_dict(answer.body["job"], answer.arrays)
 
     def _connect(self) -> None:
         if not self._connected:
@@ -234,8 +240,6 @@ class Client:
         events = dict(self._poller.poll(int(timeout * 1000)))
         self._silence += time.monotonic() - now
         self._looked = time.monotonic()
-        if self._monitor in events:
-            self._refused(recv_monitor_message(self._monitor)["event"])
         while self._socket in events:
             try:
                 frames = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
@@ -243,25 +247,30 @@ class Client:
                 break
             self._silence, self._heard = 0.0, True
             self._sort(codec.decode([frame.buffer for frame in frames]))
+        if self._monitor in events:
+            event = recv_monitor_message(self._monitor)["event"]
+            if event & _REFUSALS:
+                self._refused(event)
+            self._cut = True
 
     def _sort(self, message: codec.Message) -> None:
         if message.kind == "progress":
-            self._updates.append(Job.from_dict(message.body["job"], message.arrays.get("preview")))
+            self._updates.append(Job.from_dict(message.body["job"], message.arrays))
         elif message.body.get("serial") is not None:
             self._answers[message.body.pop("serial")] = message
         elif message.kind == "error":
             raise error_from_dict(message.body["error"])
 
     def _check_silence(self, longest: float) -> None:
-        if self._silence > longest:
+        if self._cut or self._silence > longest:
             raise self._lost()
 
     def _lost(self) -> TransportError:
         address = self._connection.address
         if self._heard:
-            return TransportError("server_lost",
-                                  f"There is no sign of the server at {address} for {self._silence:.0f} s.",
-                                  "Start the server again; jobs that it had taken continue.")
+            what = (f"The connection to the server at {address} was cut." if self._cut else
+                    f"There is no sign of the server at {address} for {self._silence:.0f} s.")
+            return TransportError("server_lost", what, "Start the server again; jobs that it had taken continue.")
         return TransportError("server_unreachable", f"No server answers at {address}.",
                               "Start the server, or choose the connection file of one that runs.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -14,6 +15,7 @@ from .space import FRONTS
 
 PRESETS = ("fast", "default", "fine", "paper")
 STRONGEST = 3.0
+GLIMPSES = ("preview", "motion", "motion_points")  # what a running job shows, as arrays
 TASKS = ("animate", "fit")  # from a prompt | from a video that the request brings
 
 
@@ -126,7 +128,9 @@ class Job:
         queue_position: 1 = next; 0 when it doesn't wait.
         error: of a failed job, for `errors.error_from_dict`.
         created: seconds since 1970.
-        preview: uint8 [H, W, 3] sRGB, only in the update that brings a new picture.
+        preview: uint8 [H, W, 3] sRGB, or [T, H, W, 3] to be played over and over; only in the update that brings a new one.
+        motion: f32 [F, M, 3], where the vertices `motion_points` i32 [M] of the request go as far as that is known; only in
+            the update that brings it, together with its points.
     """
 
     id: str
@@ -141,23 +145,29 @@ class Job:
     prompt: str = ""
     created: float = 0.0
     preview: np.ndarray | None = field(default=None, repr=False)
+    motion: np.ndarray | None = field(default=None, repr=False)
+    motion_points: np.ndarray | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the preview, which travels as an array."""
-        data = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "preview"}
+        """Everything but what travels as arrays."""
+        data = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in GLIMPSES}
         return data | {"state": self.state.value}
 
     @classmethod
-    def from_dict(cls, data: Any, preview: np.ndarray | None = None) -> Job:
+    def from_dict(cls, data: Any, arrays: Mapping[str, np.ndarray] | None = None) -> Job:
         """The inverse of `to_dict`.
+
+        Args:
+            arrays: of the message; those that are named in `GLIMPSES` are the job's.
 
         Raises:
             TransportError: this is not a job.
         """
         try:
-            known = {entry.name for entry in fields(cls)} - {"preview"}
+            known = {entry.name for entry in fields(cls)} - set(GLIMPSES)
             values = {name: value for name, value in data.items() if name in known}
-            return cls(**values | {"state": JobState(data["state"]), "preview": preview})
+            values |= {name: array for name, array in (arrays or {}).items() if name in GLIMPSES}
+            return cls(**values | {"state": JobState(data["state"])})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TransportError("bad_message", f"The server sent a job that can't be read: {error}.",
                                  "Update the add-on and the server.") from error

@@ -26,11 +26,11 @@ from .motion.footage import read_footage
 from .motion.reconstruct import reconstruct_motion
 from .motion.refine import object_pictures, refine_motion
 from .presets import FITTED_FRAMES, PRESETS, Preset
-from .progress import Report
+from .progress import JobReport, Report
 from .video.generator import MotionGenerator, decode_video
 
 
-def run(request: Request, report: Report) -> Result:
+def run(request: Request, report: JobReport) -> Result:
     """Animates the request's mesh by its prompt, or by its video.
 
     Args:

@@ -36,7 +36,7 @@ from .access import LOCAL_CLIENT, Gatekeeper, grant, private_folder, server_keys
 from .store import Store, result_path, storing
 from .supervisor import Supervisor
 
-_HEARTBEAT = 1.0  # seconds between two signs of life
+_HEARTBEAT = 0.5  # seconds between two signs of life
 _TICK = 0.2  # seconds after which the broker looks at the worker's process
 _OUTBOX = 64  # answers that wait for a client that doesn't read; one more and it is dropped
 _Answer = tuple[str, dict[str, Any], dict[str, np.ndarray]]  # kind, body, arrays
@@ -49,7 +49,7 @@ class _Peer:
 
     identity: bytes
     outbox: deque[list[Any]] = field(default_factory=deque)
-    watched: dict[str, int] = field(default_factory=dict)  # job -> number of the preview it has seen
+    watched: dict[str, int] = field(default_factory=dict)  # job -> number of the glimpse it has seen
     news: set[str] = field(default_factory=set)  # jobs that changed since it was told
 
 
@@ -248,10 +248,9 @@ class Broker:
 
     def _watch(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         job_id = self._store.get(message.body.get("job", "")).id
-        kind, body, arrays = self._about(job_id, with_preview=True)
-        peer.watched[job_id] = self._supervisor.preview_number(job_id)
+        arrays, peer.watched[job_id] = self._supervisor.glimpses(job_id)
         peer.news.add(job_id)  # so that whoever only polls learns of a job that ended before it was watched
-        return kind, body, arrays
+        return self._about(job_id, arrays)
 
     def _jobs(self, peer: _Peer, message: codec.Message, user: str) -> _Answer:
         return "jobs", {"jobs": [self._supervisor.current(job).to_dict() for job in self._store.all()]}, {}
@@ -309,10 +308,8 @@ class Broker:
 
     # Messages out
 
-    def _about(self, job_id: str, with_preview: bool = False) -> _Answer:
-        job = self._supervisor.current(self._store.get(job_id))
-        preview = job.preview if with_preview else None
-        return "job", {"job": job.to_dict()}, {} if preview is None else {"preview": preview}
+    def _about(self, job_id: str, glimpses: dict[str, np.ndarray] | None = None) -> _Answer:
+        return "job", {"job": self._supervisor.current(self._store.get(job_id)).to_dict()}, glimpses or {}
 
     def _tell_about(self, *job_ids: str) -> None:
         """Marks jobs as changed for everybody who watches them; what is sent is their state at the time of sending."""
@@ -326,18 +323,18 @@ class Broker:
                 return
             peer.outbox.popleft()
         for job_id in list(peer.news):
-            number = self._supervisor.preview_number(job_id)
-            _, body, arrays = self._about(job_id, with_preview=number > peer.watched[job_id])
+            arrays, number = self._supervisor.glimpses(job_id, since=peer.watched[job_id])
+            _, body, arrays = self._about(job_id, arrays)
             if not self._send(peer, codec.encode("progress", body, arrays)):
                 return
-            peer.watched[job_id] = max(number, peer.watched[job_id])
+            peer.watched[job_id] = number
             peer.news.discard(job_id)
 
     def _to_worker(self, identity: bytes, kind: str, body: dict[str, Any]) -> None:
         self._send(_Peer(identity), codec.encode(kind, body))
 
     def _beat(self) -> None:
-        """A sign of life to every client, once a second; who has left is forgotten."""
+        """A sign of life to every client, twice a second; who has left is forgotten."""
         now = time.monotonic()
         if now - self._beaten < _HEARTBEAT:
             return

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from track4d_protocol import codec
 from track4d_protocol.errors import ServerError
 from track4d_protocol.keys import Connection
 from track4d_protocol.local import LOG_FILE
-from track4d_protocol.messages import Job, JobState
+from track4d_protocol.messages import GLIMPSES, Job, JobState
 
 from .process import WorkerProcess
 from .store import Store
@@ -37,8 +37,7 @@ class _Running:
     step: int = 0
     total: int = 0
     seconds_left: float | None = None
-    preview: np.ndarray | None = None
-    preview_number: int = 0
+    glimpses: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)  # name: number, array
     kill_at: float | None = None  # set by a cancel
 
 
@@ -61,11 +60,11 @@ class Supervisor:
         self._admit, self._send, self._tell = admit, send, tell
         self._worker: WorkerProcess | None = None
         self._worker_numbers = itertools.count(1)
-        self._preview_numbers = itertools.count(1)
+        self._glimpse_numbers = itertools.count(1)
         self._early_ends = 0  # of workers that never were ready, in a row
         self._broken: dict[str, str] | None = None  # why no worker can start
         self._ended_at = 0.0  # when the worker's end was noticed
-        self._info = {"device": "", "model": ""}
+        self._info = {"device": "", "model": "", "licence": ""}
         self._running: _Running | None = None
         self._unsaved: list[Job] = []  # final states that the disk hasn't taken yet
         self._save_error = ""
@@ -74,9 +73,9 @@ class Supervisor:
             "worker_done": self._done, "worker_failed": self._failed, "worker_cancelled": self._cancelled}
 
     def about_worker(self) -> dict[str, Any]:
-        """For a hello: "worker" is starting, ready, busy or failed, "worker_error" says why; "device" and "model"."""
+        """For a hello: "worker" (starting, ready, busy or failed), "worker_error", "waiting" (jobs), "device", "model", "licence"."""
         state = "failed" if self._broken else "starting" if self._worker is None else self._worker.state
-        return {"worker": state, "worker_error": self._broken, **self._info}
+        return {"worker": state, "worker_error": self._broken, "waiting": len(self._store.queue()), **self._info}
 
     def current(self, job: Job) -> Job:
         """A job of the store with what is known beyond it."""
@@ -84,16 +83,19 @@ class Supervisor:
         if running is not None and running.job_id == job.id:
             stage = running.stage if running.kill_at is None else "cancelling"
             return replace(job, state=JobState.RUNNING, stage=stage, step=running.step, total=running.total,
-                           seconds_left=running.seconds_left, preview=running.preview)
+                           seconds_left=running.seconds_left)
         if job.state is JobState.QUEUED:
             queue = self._store.queue()
             return replace(job, queue_position=queue.index(job.id) + 1 if job.id in queue else 0)
         return job
 
-    def preview_number(self, job_id: str) -> int:
-        """Grows with every new preview of the running job; 0 for others."""
+    def glimpses(self, job_id: str, since: int = 0) -> tuple[dict[str, np.ndarray], int]:
+        """What the running job shows that is newer than number `since`, and the newest number; nothing for other jobs."""
         running = self._running
-        return running.preview_number if running is not None and running.job_id == job_id else 0
+        if running is None or running.job_id != job_id:
+            return {}, since
+        newer = {name: array for name, (number, array) in running.glimpses.items() if number > since}
+        return newer, max([since, *(number for number, _ in running.glimpses.values())])
 
     def try_again(self) -> None:
         """A new request is a reason to start a worker even if that failed before."""
@@ -151,7 +153,7 @@ class Supervisor:
         assert self._worker is not None
         self._worker.state = "ready"
         self._early_ends = 0
-        self._info = {"device": message.body["device"], "model": message.body["model"]}
+        self._info = {name: message.body[name] for name in self._info}
         log.info("%s is ready", self._worker.name)
 
     def _no_start(self, message: codec.Message) -> None:
@@ -162,9 +164,8 @@ class Supervisor:
         assert running is not None
         running.stage, running.step, running.total = body["stage"], body["step"], body["total"]
         running.seconds_left = body["seconds_left"]
-        if "preview" in message.arrays:
-            running.preview = message.arrays["preview"].copy()
-            running.preview_number = next(self._preview_numbers)
+        number = next(self._glimpse_numbers)
+        running.glimpses |= {name: (number, array.copy()) for name, array in message.arrays.items() if name in GLIMPSES}
         self._tell(running.job_id)
 
     def _done(self, message: codec.Message) -> None:

@@ -32,6 +32,8 @@ from .store import load_request, result_path, storing
 
 _INTERVAL = 0.1  # seconds between two messages about progress
 _PREVIEW_SIDE = 512  # pixels; larger pictures are thinned out
+_FILM_SIDE, _FILM_FRAMES = 256, 24  # the same for films
+_MOTION_POINTS = 2000  # of a motion that is shown while the job runs
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 log = logging.getLogger("track4d.worker")
 
@@ -76,23 +78,27 @@ class _JobReport:
         self._stage = ""
         self._stage_start = (0, 0.0)  # step, time
         self._sent = 0.0
-        self._preview: np.ndarray | None = None
+        self._glimpses: dict[str, np.ndarray] = {}
         self._cancelled = False
 
-    def __call__(self, stage: str, step: int, total: int, preview: np.ndarray | None = None) -> None:
+    def __call__(self, stage: str, step: int, total: int, preview: np.ndarray | None = None,
+                 motion: np.ndarray | None = None) -> None:
         self._look_for_cancel()
         now = time.monotonic()
         new_stage = stage != self._stage
         if new_stage or step < self._stage_start[0]:
             self._stage, self._stage_start = stage, (step, now)
         if preview is not None:
-            self._preview = _thinned(preview)
+            self._glimpses["preview"] = _thinned(preview)
+        if motion is not None:
+            points = spread_points(motion[0])
+            self._glimpses |= {"motion": motion[:, points].astype(np.float32), "motion_points": points}
         if not new_stage and step < total and now - self._sent < _INTERVAL:
             return
         body = {"job": self._job_id, "stage": str(stage), "step": int(step), "total": int(total),
                 "seconds_left": self._seconds_left(step, total, now)}
-        self._link.say("worker_progress", body, {} if self._preview is None else {"preview": self._preview}, wait=False)
-        self._sent, self._preview = now, None
+        self._link.say("worker_progress", body, self._glimpses, wait=False)
+        self._sent, self._glimpses = now, {}
 
     def _seconds_left(self, step: int, total: int, now: float) -> float | None:
         first_step, begun = self._stage_start
@@ -109,8 +115,23 @@ class _JobReport:
 
 
 def _thinned(preview: np.ndarray) -> np.ndarray:
-    stride = -(-max(preview.shape[:2]) // _PREVIEW_SIDE)
-    return np.ascontiguousarray(preview[::stride, ::stride, :3], np.uint8)
+    """A picture [H, W, 3] or a film [T, H, W, 3], small enough to be sent now and then."""
+    stride = -(-max(preview.shape[-3:-1]) // (_PREVIEW_SIDE if preview.ndim == 3 else _FILM_SIDE))
+    if preview.ndim == 4:
+        preview = preview[::-(-len(preview) // _FILM_FRAMES)]
+    return np.ascontiguousarray(preview[..., ::stride, ::stride, :3], np.uint8)
+
+
+def spread_points(vertices: np.ndarray, most: int = _MOTION_POINTS) -> np.ndarray:
+    """Indices [M <= most] int32 of vertices [N, 3] that lie spread over the object: one per cell of a grid."""
+    size = float(np.ptp(vertices, axis=0).max())
+    cells = 64
+    chosen = np.arange(len(vertices))
+    while len(chosen) > most:
+        cell = ((vertices - vertices.min(0)) * (cells / (size or 1.0))).astype(np.int64)  # [N, 3]
+        _, chosen = np.unique(cell @ np.array([1 << 40, 1 << 20, 1]), return_index=True)
+        cells = cells * 3 // 4
+    return np.sort(chosen).astype(np.int32)
 
 
 def perform(home: Path, job_id: str, work: Callable[[Request, Any], Result], report: Any, queued: float) -> None:
@@ -127,8 +148,9 @@ def perform(home: Path, job_id: str, work: Callable[[Request, Any], Result], rep
     loaded = time.monotonic()
     _forget_peak()
     result = work(request, report)
-    figures = {"queued_seconds": round(queued, 4), "load_seconds": round(loaded - start, 4),
-               "run_seconds": round(time.monotonic() - loaded, 4), "peak_memory_bytes": peak_memory()}
+    figures = {"settings": request.settings.to_dict(), "queued_seconds": round(queued, 4),
+               "load_seconds": round(loaded - start, 4), "run_seconds": round(time.monotonic() - loaded, 4),
+               "peak_memory_bytes": peak_memory()}
     with storing(home):
         codec.write_file(result_path(home, job_id), {"report": result.report | figures}, result.arrays)
 
@@ -166,7 +188,7 @@ def error_of(exception: Exception, job_id: str) -> ServerError:
 
 
 def load(work: str) -> tuple[Callable[[Request, Any], Result], dict[str, str]]:
-    """Imports "module:function"; a function `describe() -> {"device", "model"}` beside it says what the server runs on.
+    """Imports "module:function"; a function `describe()` beside it, -> {"device", "model", "licence"}, says what it runs on.
 
     Raises:
         ServerError: `worker_unusable`.
@@ -175,7 +197,7 @@ def load(work: str) -> tuple[Callable[[Request, Any], Result], dict[str, str]]:
         module_name, _, function = work.partition(":")
         module = importlib.import_module(module_name)
         info = module.describe() if hasattr(module, "describe") else {}
-        return getattr(module, function), {name: str(info.get(name, "")) for name in ("device", "model")}
+        return getattr(module, function), {name: str(info.get(name, "")) for name in ("device", "model", "licence")}
     except Exception as error:
         log.exception("'%s' can't be loaded", work)
         raise ServerError("worker_unusable",
