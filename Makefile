@@ -7,7 +7,10 @@ PROMPT ?= the fox is running
 OUT ?= out/demo
 SHELL := /bin/bash
 
-.PHONY: setup demo test lint extension benchmarks clean
+# What needs no torch: Blender's Python is all these tests ask for.
+ADDON_TESTS := $(addprefix tests/addon/test_,apply.py capture.py export.py extension.py gaussian_cloud.py headless.py lighting.py scene_io.py)
+
+.PHONY: setup demo test test-blender42 test-blender52 lint extension benchmarks clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +38,25 @@ lint: setup
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+# The add-on's tests in the oldest and the newest Blender it is made for, each in an environment of its own.
+test-blender42: $(VENV)-blender42/.ready
+test-blender52: $(VENV)-blender52/.ready
+test-blender42 test-blender52: test-blender%: setup
+	$(VENV)-blender$*/bin/python -m pytest tests/protocol $(ADDON_TESTS)
+
+$(VENV)-blender42/.ready: BPY = bpy==4.2.* "numpy<2"
+$(VENV)-blender42/.ready: PYTHON_THERE = $(PYTHON)
+$(VENV)-blender52/.ready: BPY = bpy==5.2.*
+$(VENV)-blender52/.ready: PYTHON_THERE = $(shell for p in python3.13 $$HOME/.pyenv/versions/3.13*/bin/python; do \
+  $$p -c "" 2>/dev/null && echo $$p && break; done)
+$(VENV)-blender42/.ready $(VENV)-blender52/.ready: $(VENV)-blender%/.ready: pyproject.toml
+	@[ -n "$(PYTHON_THERE)" ] || { echo "Blender 5.2 needs Python 3.13: install it, or put python3.13 on the PATH." >&2; exit 1; }
+	$(PYTHON_THERE) -m venv $(VENV)-blender$*
+	$(VENV)-blender$*/bin/pip install --quiet --disable-pip-version-check $(BPY) pyzmq msgpack typer rich psutil pillow scipy \
+	  pytest pytest-timeout hypothesis "setuptools>=77" build
+	$(VENV)-blender$*/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
 
 extension: setup
 	$(BIN)/python tools/build_extension.py
