@@ -50,7 +50,7 @@ def test_pictures_alone_move_the_ball(scene) -> None:
 
     longer = replace(SMALL, reconstruction=60, head_rate=1e-2)
     found = reconstruct_motion(mesh, cloud, footage, longer, prior=prior)
-    assert found.steps == 66 and seen == [(3, 4, SIZE, SIZE, 3)] * 6  # only in the last phase, on all moving frames
+    assert found.steps == 66 and seen == [(3, 4, SIZE, SIZE, 4)] * 6  # only in the last phase, on all moving frames
     np.testing.assert_array_equal(found.field.vertices[0], mesh.vertices)
     left = np.linalg.norm(found.field.vertices - truth, axis=-1)[1:].mean() / np.linalg.norm(truth - truth[0], axis=-1)[1:].mean()
     assert left < 0.8

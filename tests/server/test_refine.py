@@ -129,6 +129,16 @@ def test_a_field_learns_a_motion(scene) -> None:
     assert error(result.field.vertices, scene[1]) <= error(scene[4].vertices, scene[1])
 
 
+def test_missing_pictures_say_nothing(scene) -> None:
+    masks, colors = scene[2].masks.copy(), scene[2].colors.copy()
+    for view, frame in ((1, 3), (2, 2)):  # the first of them is held out
+        masks[view, frame], colors[view, frame] = False, 127
+    footage = replace(scene[2], masks=masks, colors=colors)
+    mesh, truth, _, shading, registered = scene
+    result = refine_motion(mesh, registered, footage, shading, replace(QUICK, rounds=1))
+    assert result.after < result.before and error(result.field.vertices, truth) < error(registered.vertices, truth)
+
+
 def test_nothing_to_refine(scene) -> None:
     mesh, _, footage, shading, registered = scene
     assert refined(scene, replace(QUICK, rounds=0)).field is registered

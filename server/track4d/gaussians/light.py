@@ -72,6 +72,8 @@ def fit_light(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, mask
         colors = sh_colors(coefficients(), view_directions(means, viewmats), moments, frames)  # [f, V, G, 3]
         rgb, alpha = rasterise(means, quats, scales.exp(), opacities.sigmoid(), colors, viewmats, Ks, size, background)
         wanted, mask = pictures[:, chosen].transpose(0, 1), masks[:, chosen].transpose(0, 1)  # [f, V, H, H, 3], [f, V, H, H]
+        lost = (mask.amax((-2, -1)) == 0)[..., None, None]  # [f, V, 1, 1] pictures without the object say nothing
+        wanted, mask = torch.where(lost[..., None], rgb.detach(), wanted), torch.where(lost, alpha.detach(), mask)
         shown = picture_loss(rgb, alpha, wanted.contiguous(), mask.contiguous(), squared=1.0, mask_absolute=0.5)
         unsteady, glossy = (part.square().sum((1, 2)).mean() for part in (single[:, :1], single[:, 1:]))
         kept = KEEP * shared.square().mean() + KEEP_STEADY * unsteady + KEEP_MATT * glossy

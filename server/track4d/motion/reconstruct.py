@@ -27,7 +27,7 @@ from .hexplane import PAPER_PLANES, HexPlaneSize
 from .hybrid_features import WIDTH, hybrid_features, reduced_planes, visible_by_rays
 from .losses import arap_energy, reconstruction_loss
 
-Prior = Callable[[Tensor], Tensor]  # pictures [F, V, H, H, 3] of the moving frames on black to the 4D-SDS loss, a scalar
+Prior = Callable[[Tensor], Tensor]  # premultiplied RGBA [F, V, S, S, 4] of the moving frames to the loss: `sds.video_prior`
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: Paper
     neighbours = torch.from_numpy(cKDTree(rest_means.numpy()).query(rest_means.numpy(), preset.arap_neighbours + 1)[1][:, 1:])
     times = torch.from_numpy(frame_times(footage.frames)).float()  # [F]
     viewmats, Ks = torch.from_numpy(footage.viewmats).float(), torch.from_numpy(footage.Ks).float()
+    present = torch.from_numpy(~footage.lost.T)  # [F, V]
     total = preset.reconstruction + preset.distillation
     while run.step < total:
         report("fit", run.step, total)
@@ -136,15 +137,16 @@ def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: Paper
         offsets = field(rest_means, times[frames], None if diffusion is None else diffusion[frames])
         means, quats, scales = offsets.apply(rest_means, rest_quats, cloud.scales)  # [f, G, ...]
         colors = sh_colors(model.coefficients, view_directions(means, viewmats), frames.float(), footage.frames)
-        rgb, _ = rasterise(means, quats, scales, cloud.opacities, colors, viewmats, Ks, footage.size, 0.0)
+        rgb, alpha = rasterise(means, quats, scales, cloud.opacities, colors, viewmats, Ks, footage.size, 0.0)
         wanted = torch.from_numpy(footage.colors[:, frames.numpy()].astype(np.float32) / 255).transpose(0, 1)  # [f, V, S, S, 3]
         masks = torch.from_numpy(footage.masks[:, frames.numpy()].astype(np.float32)).transpose(0, 1)  # [f, V, S, S]
-        loss = preset.picture * reconstruction_loss(rgb.clamp(0, 1), wanted, masks)
+        there = present[frames][..., None, None, None]  # [f, V, 1, 1, 1]
+        loss = preset.picture * reconstruction_loss(rgb.clamp(0, 1) * there, wanted, masks)
         if distilling:
             samples = torch.randint(len(rest_means), (preset.arap_samples,), generator=generator)
             loss = loss + preset.arap * arap_energy(rest_means, means, neighbours, samples)
             if prior is not None:
-                loss = loss + preset.sds * prior(rgb)
+                loss = loss + preset.sds * prior(torch.cat([rgb, alpha[..., None]], -1))
         run.advance(loss)
         if checkpoint is not None and run.step % every == 0:
             run.save(checkpoint)

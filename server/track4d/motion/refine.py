@@ -9,7 +9,7 @@ better is kept.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -160,7 +160,7 @@ def refine_motion(mesh: Mesh, field: MotionField, footage: Footage, shading: np.
             run.save(checkpoint)
     vertices, share, before, after = scene.tested(network)
     report("refine", total, total)
-    return Refined(MotionField(vertices, field.confidence, field.loops), network, share, before, after, run.step)
+    return Refined(replace(field, vertices=vertices), network, share, before, after, run.step)
 
 
 def object_pictures(footage: Footage) -> np.ndarray:
@@ -221,7 +221,7 @@ class _Scene:
         self.pictures = object_pictures(footage)  # [V, F, S, S, 3]
         self.video = torch.from_numpy(np.ascontiguousarray(self.pictures.transpose(1, 0, 4, 2, 3)))  # [F, V, 3, S, S]
         view, frame = np.ogrid[:footage.views, :footage.frames]
-        self.held_out = ((view + frame) % HELD_OUT == 0) & (frame > 0)  # [V, F]
+        self.held_out = ((view + frame) % HELD_OUT == 0) & (frame > 0) & ~footage.lost  # [V, F]
         self.diffusion: Tensor | None = None  # [F, M, D]
         self.origin: HybridField | None = None  # the field at the start, where it has been taught the registered motion
 
@@ -354,6 +354,8 @@ class _Scene:
         footage, off, area = self.footage, 0.0, 0.0
         for f in range(1, footage.frames):
             v = np.nonzero(self.held_out[:, f])[0]
+            if len(v) == 0:
+                continue
             cameras = footage.viewmats[v], footage.Ks[v], footage.size
             rgba = zbuffer.render(self.mesh, vertices[f:f + 1], *cameras, 2, self.shading)[0]
             mask = footage.masks[v, f]
