@@ -123,8 +123,30 @@ def _bake_file(path: Path, folder: Path, samples: int, strengths: dict[str, floa
     lighting.add_rig(objects, rig, facing)
     lighting.bake(objects, samples)
     lighting.remove_rig()
+    write_asset(objects, folder, manifest)
+    return "baked"
+
+
+def write_asset(objects: Sequence[Any], folder: Path, manifest: dict[str, Any]) -> Path:
+    """Writes baked meshes as one asset of an evaluation set: mesh, Gaussians and manifest; returns the folder.
+
+    Args:
+        objects: with the light in their vertex colours, see `lighting.bake`.
+        folder: of the asset, made when absent.
+        manifest: name, prompt, source, licence, credit, front, rig, samples, version; counts and hashes are added.
+
+    Raises:
+        InputError: missing_folder, export_failed.
+    """
+    from . import lighting
+
     splats = lighting.to_splats(objects)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        problem = f"The folder '{folder}' can't be made: {error.strerror}."
+        raise InputError("missing_folder", problem, "Choose another.") from error
+    manifest = manifest | {"sha256": dict(manifest.get("sha256", {}))}
     with Staging() as staging:
         mesh, cloud, about = (staging.place(folder / name) for name in (MESH, GAUSSIANS, MANIFEST))
         _write_mesh(objects, mesh)
@@ -135,7 +157,7 @@ def _bake_file(path: Path, folder: Path, samples: int, strengths: dict[str, floa
         manifest["sha256"] |= {MESH: _hash(mesh), GAUSSIANS: _hash(cloud)}
         about.write_text(json.dumps(manifest, indent=1))
         staging.commit()
-    return "baked"
+    return folder
 
 
 def _write_mesh(objects: Sequence[Any], path: Path) -> None:

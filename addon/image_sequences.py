@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import bpy
@@ -12,6 +16,7 @@ from track4d_protocol.errors import InputError
 from track4d_protocol.space import AZIMUTHS, intrinsics, orbit_viewmats
 
 from .capture.colors import to_bytes
+from .capture.pictures import quiet_handlers
 
 PICTURES = (".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
@@ -96,13 +101,94 @@ def _sources(folder: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def _read_view(source: Path) -> np.ndarray:
-    if source.is_file():
-        return _read_video(source)
-    files = sorted(file for file in source.iterdir() if file.suffix.lower() in PICTURES)
+def is_multi_view(path: Path) -> bool:
+    """Whether a path is a folder as `read_views` takes it."""
+    return path.is_dir() and any(entry.stem.startswith("view_") for entry in path.iterdir())
+
+
+def film(path: Path) -> list[Frame]:
+    """The frames of one view, in their order: of a video, of a folder of pictures, or of the sequence of one picture.
+
+    Raises:
+        InputError: missing_file, no_views, unreadable_file.
+    """
+    if not path.exists():
+        raise InputError("missing_file", f"'{path}' isn't there.", "Check its name.")
+    if path.suffix.lower() in VIDEOS:
+        with _movie(path) as (_, length):
+            return [Frame(path, number) for number in range(length)]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+    else:
+        stem = path.stem.rstrip("0123456789")
+        files = [file for file in path.parent.iterdir() if file.suffix == path.suffix and file.stem.startswith(stem)]
+        files = sorted((file for file in files if file.stem[len(stem) :].isdigit()), key=lambda file: int(file.stem[len(stem) :]))
     if not files:
-        raise InputError("no_views", f"The folder '{source}' has no pictures.", "Put one .png or .jpg per frame there.")
-    frames = [_read_picture(file) for file in files]
+        raise InputError("no_views", f"'{path}' holds no pictures.", "Choose a video, or one .png or .jpg per frame.")
+    return [Frame(file) for file in files]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture: a file, or the frame of this number of a video."""
+
+    path: Path
+    number: int | None = None
+
+
+def read_frame(frame: Frame, size: int | None = None) -> np.ndarray:
+    """One picture as uint8 [H, W, 3 or 4] sRGB, straight alpha if there is any.
+
+    Args:
+        frame: of a `film`.
+        size: a larger square picture is reduced to it.
+
+    Raises:
+        InputError: unreadable_file.
+    """
+    if frame.number is None:
+        return _read_picture(frame.path, size)
+    with _movie(frame.path) as (scene, _), TemporaryDirectory() as folder:
+        render = scene.render
+        if size and render.resolution_x == render.resolution_y > size:
+            render.resolution_x = render.resolution_y = size
+        scene.frame_start = scene.frame_end = frame.number + 1
+        render.filepath = str(Path(folder) / "frame_")
+        had_result = "Render Result" in bpy.data.images
+        try:
+            with quiet_handlers():
+                bpy.ops.render.render(animation=True, scene=scene.name)
+        finally:
+            if not had_result and "Render Result" in bpy.data.images:
+                bpy.data.images.remove(bpy.data.images["Render Result"])
+        return _read_picture(next(Path(folder).iterdir()), None)
+
+
+@contextmanager
+def _movie(path: Path) -> Iterator[tuple[bpy.types.Scene, int]]:
+    """A temporary scene that shows a video in its own size from frame 1 on, and the number of its frames."""
+    scene = bpy.data.scenes.new(".Track4D")
+    try:
+        editor = scene.sequence_editor_create()
+        strips = editor.strips if hasattr(editor, "strips") else editor.sequences  # 4.4 has both
+        try:
+            strip = strips.new_movie("view", str(path), 1, 1)
+            width, height = strip.elements[0].orig_width, strip.elements[0].orig_height
+        except RuntimeError:
+            width = height = 0
+        if not width or not height:
+            raise InputError("unreadable_file", f"The video '{path}' can't be read.", "Save it again.")
+        render = scene.render
+        render.resolution_x, render.resolution_y, render.resolution_percentage = width, height, 100
+        render.image_settings.file_format, render.image_settings.color_mode = "PNG", "RGB"
+        scene.view_settings.view_transform = "Standard"
+        yield scene, int(strip.frame_final_end - strip.frame_final_start)
+    finally:
+        bpy.data.scenes.remove(scene)
+
+
+def _read_view(source: Path) -> np.ndarray:
+    frames = [read_frame(frame) for frame in film(source)]
     shapes = {frame.shape for frame in frames}
     if len(shapes) != 1:
         raise InputError(
@@ -111,7 +197,7 @@ def _read_view(source: Path) -> np.ndarray:
     return np.stack(frames)
 
 
-def _read_picture(path: Path) -> np.ndarray:
+def _read_picture(path: Path, size: int | None) -> np.ndarray:
     try:
         image = bpy.data.images.load(str(path))
     except RuntimeError as error:
@@ -122,6 +208,9 @@ def _read_picture(path: Path) -> np.ndarray:
         width, height = image.size
         if not width or not height:
             raise InputError("unreadable_file", f"The picture '{path}' can't be read.", "Save it again.")
+        if size and width == height > size:
+            image.scale(size, size)
+            width = height = size
         flat = np.empty(width * height * image.channels, np.float32)
         image.pixels.foreach_get(flat)
         channels = 4 if image.depth in (32, 64) else 3  # Blender gives four channels to every picture
@@ -129,22 +218,3 @@ def _read_picture(path: Path) -> np.ndarray:
     finally:
         bpy.data.images.remove(image)
     return to_bytes(pixels)
-
-
-def _read_video(path: Path) -> np.ndarray:
-    try:
-        import av
-    except ImportError as error:
-        raise InputError(
-            "video_not_supported",
-            f"'{path.name}' is a video, and the package 'av' isn't installed.",
-            f"Give its frames as pictures in a folder {path.stem}/, or install av.",
-        ) from error
-    try:
-        with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, OSError) as error:
-        raise InputError("unreadable_file", f"The video '{path}' can't be read: {error}.", "Save it again.") from error
-    if not frames:
-        raise InputError("unreadable_file", f"The video '{path}' has no frames.", "Save it again.")
-    return np.stack(frames)

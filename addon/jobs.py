@@ -12,13 +12,12 @@ import logging
 import queue
 import uuid
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import bpy
 from track4d_protocol.errors import InputError, Track4DError, error_from_dict
-from track4d_protocol.space import AZIMUTHS
 
 from . import client_thread as link
 from . import marks, previews
@@ -43,6 +42,19 @@ class Phase(str, Enum):
     FETCHING = "Fetching the result"
 
 
+@dataclass(frozen=True)
+class Order:
+    """What the user asked for, as far as the server doesn't tell it with the result.
+
+    Attributes:
+        settings: of the panel, as `Track4DSettings.to_dict` gives them; the seed is the job's.
+        batch: the same for all jobs of one click.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch: str = ""
+
+
 @dataclass
 class ActiveJob:
     """A job that the panel shows with a progress bar."""
@@ -57,6 +69,7 @@ class ActiveJob:
     total: int = 0
     seconds_left: float | None = None
     queue_position: int = 0
+    order: Order = Order()
 
 
 @dataclass
@@ -69,6 +82,15 @@ class FinishedJob:
     created: float = 0.0
     result: Result | None = None  # when it is here already
     seen: Snapshot | None = None  # when it was captured in this session
+    order: Order = Order()
+
+
+@dataclass
+class Capture:
+    """A capture under way, for one job or for several that differ in their seeds."""
+
+    steps: Generator[tuple[int, int], None, Request]
+    jobs: list[str]
 
 
 @dataclass(frozen=True)
@@ -98,32 +120,43 @@ class State:
 
 state = State()
 _thread: link.ClientThread | None = None
-_captures: dict[str, Generator[Any, None, Request]] = {}
+_captures: dict[str, Capture] = {}  # by batch
 _dropped: set[str] = set()  # jobs that the user cancelled or dismissed; late news of them is ignored
 
 
 # What the operators call
 
 
-def start(context: bpy.types.Context, objects: list[bpy.types.Object]) -> str:
+def start(context: bpy.types.Context, objects: list[bpy.types.Object], variations: int = 1) -> list[str]:
     """Begin an animation: photograph the objects view by view, then hand the request to the server.
 
+    Args:
+        context: its scene holds the settings.
+        objects: to be animated together.
+        variations: how many results, with seeds that follow each other; they share one capture.
+
     Returns:
-        The id of the job.
+        The ids of the jobs.
 
     Raises:
         InputError: the objects can't be animated; see `capture.snapshot`.
     """
-    from .capture import snapshot, steps
+    from . import sources
+    from .capture import snapshot
 
-    settings = context.scene.track4d.to_message()
+    chosen = context.scene.track4d
     seen = snapshot(objects)
-    job = ActiveJob(uuid.uuid4().hex, settings.prompt, [item.name for item in seen.objects], seen, total=len(AZIMUTHS))
-    state.active[job.id] = job
+    steps, total = sources.steps(seen, chosen)
+    names, batch = [item.name for item in seen.objects], uuid.uuid4().hex
+    for seed in range(chosen.seed, chosen.seed + variations):
+        order = Order(chosen.to_dict() | {"seed": seed}, batch)
+        job = ActiveJob(uuid.uuid4().hex, chosen.title(), names, seen, total=total, order=order)
+        state.active[job.id] = job
+    ids = [job.id for job in state.active.values() if job.order.batch == batch]
     state.problem, state.warnings = None, [_warning(w) for w in seen.warnings]
-    _captures[job.id] = steps(seen, settings)
+    _captures[batch] = Capture(steps, ids)
     attach(context, start=True)
-    return job.id
+    return list(ids)
 
 
 def cancel(job_id: str) -> None:
@@ -132,11 +165,15 @@ def cancel(job_id: str) -> None:
     if job is None:
         return
     _drop(job_id)
-    capture = _captures.pop(job_id, None)
-    if capture is not None:
-        capture.close()  # the capture removes its cameras and copies on the way out
-    elif _thread is not None:
-        _thread.commands.put(link.Cancel(job_id))
+    capture = _captures.get(job.order.batch)
+    if capture is None:
+        if _thread is not None:
+            _thread.commands.put(link.Cancel(job_id))
+        return
+    capture.jobs.remove(job_id)
+    if not capture.jobs:
+        del _captures[job.order.batch]
+        capture.steps.close()  # the capture removes its cameras and copies on the way out
 
 
 def apply(context: bpy.types.Context, job_id: str) -> None:
@@ -149,12 +186,29 @@ def apply(context: bpy.types.Context, job_id: str) -> None:
 
     job = state.finished[job_id]
     if job.result is not None:
-        _apply(job.id, job.seen or snapshot(named_objects(job.objects)), job.result)
+        _apply(job.id, job.seen or snapshot(named_objects(job.objects)), job.result, job.order)
         del state.finished[job_id]
         return
     seen = snapshot(named_objects(job.objects))
     del state.finished[job_id]
-    state.active[job_id] = ActiveJob(job_id, job.prompt, job.objects, seen, Phase.FETCHING)
+    state.active[job_id] = ActiveJob(job_id, job.prompt, job.objects, seen, Phase.FETCHING, order=job.order)
+    attach(context)
+    assert _thread is not None
+    _thread.commands.put(link.Fetch(job_id))
+
+
+def fetch_again(context: bpy.types.Context, job_id: str, objects: list[bpy.types.Object], order: Order) -> None:
+    """Put a result into the scene once more, as `order` says; the server keeps it until it is dismissed there.
+
+    Raises:
+        InputError: the objects can't be animated; see `capture.snapshot`.
+    """
+    from .capture import snapshot
+
+    seen = snapshot(objects, may_be_animated=True)
+    names = [item.name for item in seen.objects]
+    title = str(order.settings.get("title", ""))
+    state.active[job_id] = ActiveJob(job_id, title, names, seen, Phase.FETCHING, order=order)
     attach(context)
     assert _thread is not None
     _thread.commands.put(link.Fetch(job_id))
@@ -205,7 +259,7 @@ def shut_down() -> None:
     if _file_loaded in bpy.app.handlers.load_post:
         bpy.app.handlers.load_post.remove(_file_loaded)
     for capture in _captures.values():
-        capture.close()
+        capture.steps.close()
     _captures.clear()
     _dropped.clear()
     if _thread is not None:
@@ -254,29 +308,36 @@ def tick() -> float:
 
 
 def _advance_capture() -> None:
-    job_id, capture = next(iter(_captures.items()))
-    job = state.active[job_id]
+    batch, capture = next(iter(_captures.items()))
+    jobs = [state.active[job_id] for job_id in capture.jobs]
     try:
-        job.step = next(capture)
+        done, total = next(capture.steps)
+        for job in jobs:
+            job.step, job.total = done, total
     except StopIteration as finished:
-        del _captures[job_id]
-        job.phase, job.step, job.total = Phase.SENDING, 0, 0
+        del _captures[batch]
         assert _thread is not None
-        _thread.commands.put(link.Submit(job_id, finished.value))
+        for job in jobs:
+            job.phase, job.step, job.total = Phase.SENDING, 0, 0
+            request: Request = finished.value
+            settings = replace(request.settings, seed=job.order.settings["seed"])
+            _thread.commands.put(link.Submit(job.id, replace(request, settings=settings)))
     except Track4DError as error:
-        del _captures[job_id]
-        _fail(job_id, error)
+        _fail_capture(batch, error)
     except Exception as error:  # noqa: BLE001 - shown in the panel with everything that is known
-        log.exception("The capture of %s failed", ", ".join(job.objects))
-        del _captures[job_id]
-        _fail(
-            job_id,
+        names = ", ".join(jobs[0].objects)
+        log.exception("The capture of %s failed", names)
+        _fail_capture(
+            batch,
             InputError(
-                "capture_failed",
-                f"Photographing {', '.join(job.objects)} failed: {error!r}.",
-                "Copy the report and send it to the developers.",
+                "capture_failed", f"Photographing {names} failed: {error!r}.", "Copy the report and send it to the developers."
             ),
         )
+
+
+def _fail_capture(batch: str, error: Track4DError) -> None:
+    for job_id in _captures.pop(batch).jobs:
+        _fail(job_id, error)
 
 
 def _take(event: link.Event) -> None:
@@ -322,7 +383,7 @@ def _finish(job: ActiveJob, news: Job) -> None:
         return
     if job.seen is None:
         del state.active[job.id]
-        state.finished[job.id] = FinishedJob(job.id, job.prompt, job.objects, news.created)
+        state.finished[job.id] = FinishedJob(job.id, job.prompt, job.objects, news.created, order=job.order)
         return
     job.phase = Phase.FETCHING
     assert _thread is not None
@@ -331,7 +392,7 @@ def _finish(job: ActiveJob, news: Job) -> None:
 
 def _offer(jobs: list[Job]) -> None:
     """The server's list, after connecting: what went on or ended while nobody watched."""
-    applied = {job_id for keys in bpy.data.shape_keys for job_id in _applied_jobs(keys)}
+    applied = {take for obj in bpy.data.objects for take in marks.history(obj)}
     for news in sorted(jobs, key=lambda job: -job.created):
         if news.id in state.active:
             _update(news)
@@ -354,31 +415,20 @@ def _receive(job_id: str, result: Result) -> None:
     here = {obj.session_uid for obj in bpy.data.objects if obj.mode == "OBJECT"}
     if here.issuperset(item.session_uid for item in job.seen.objects):
         try:
-            _apply(job_id, job.seen, result)
+            _apply(job_id, job.seen, result, job.order)
             return
         except Track4DError as error:
             state.problem = _problem(error, job_id)
-    state.finished[job_id] = FinishedJob(job_id, job.prompt, job.objects, result=result, seen=job.seen)
+    state.finished[job_id] = FinishedJob(job_id, job.prompt, job.objects, result=result, seen=job.seen, order=job.order)
 
 
-def _apply(job_id: str, seen: Snapshot, result: Result) -> None:
-    from .apply import shape_keys
-    from .capture import find_objects
+def _apply(job_id: str, seen: Snapshot, result: Result, order: Order) -> None:
+    from . import results
 
-    objects = find_objects(seen)
-    history = [_applied_jobs(obj.data.shape_keys) for obj in objects]
-    scenes = [*objects[0].users_scene, bpy.context.scene]
-    state.applied = shape_keys(seen, result, frame_start=scenes[0].frame_start)
-    for obj, earlier in zip(objects, history):
-        obj.data.shape_keys[marks.MARK]["jobs"] = " ".join([*earlier, job_id])
+    state.applied = results.put(job_id, seen, result, order, str((state.hello or {}).get("model", "")))
     state.last_report = result.report
     state.warnings = [_warning(warning) for warning in [*seen.warnings, *result.report.get("warnings", [])]]
     _push_undo("Track4D animation")
-
-
-def _applied_jobs(keys: bpy.types.Key | None) -> list[str]:
-    """The jobs whose results these keys have carried; they aren't offered again."""
-    return str(marks.read(keys).get("jobs", "")).split()[-20:]
 
 
 def _fail(job_id: str, error: Track4DError) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import textwrap
+import time
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import bpy
 
-from . import marks
+from . import marks, prompts
+from .properties import SIDES
 
 if TYPE_CHECKING:
     from .jobs import ActiveJob, FinishedJob, Problem, State
+    from .properties import Track4DSettings
 
 SHOWN_RESULTS = 5
+SHOWN_TAKES = 8
 STAGES = {  # the server's names of its stages, as a user reads them
     "canonicalise": "Preparing the mesh",
     "generate": "Imagining the motion",
@@ -22,9 +27,14 @@ STAGES = {  # the server's names of its stages, as a user reads them
     "sample": "Sampling frames",
     "cancelling": "Cancelling",
 }
-START = ("track4d.start_server", "Start the Server", {})
-CHOOSE = ("track4d.open_preferences", "Open the Preferences", {})
-FIXES: dict[str, tuple[str, str, dict[str, Any]]] = {  # error code: operator, button, properties
+Fix = tuple[str, str, dict[str, Any]]  # operator, button, properties
+START: Fix = ("track4d.start_server", "Start the Server", {})
+CHOOSE: Fix = ("track4d.open_preferences", "Open the Preferences", {})
+CONVERT: Fix = ("track4d.convert_to_mesh", "Convert to Mesh", {})
+SMALLER: Fix = ("track4d.smaller_preset", "Choose a Smaller Preset", {})
+SAVE: Fix = ("wm.save_mainfile", "Save the File", {})
+SINGLE: Fix = ("object.make_single_user", "Make Single User", {"object": True, "obdata": True})
+FIXES: dict[str, Fix] = {  # by error code
     "server_not_running": START,
     "server_unreachable": START,
     "server_lost": START,
@@ -37,8 +47,19 @@ FIXES: dict[str, tuple[str, str, dict[str, Any]]] = {  # error code: operator, b
     "offline": CHOOSE,
     "in_edit_mode": ("object.mode_set", "Leave Edit Mode", {"mode": "OBJECT"}),
     "linked_data": ("object.make_local", "Make Local", {"type": "SELECT_OBDATA"}),
-    "shared_mesh": ("object.make_single_user", "Make Single User", {"object": True, "obdata": True}),
+    "shared_mesh": SINGLE,
+    "flat_transform": ("track4d.apply_scale", "Apply Scale", {}),
+    "wrong_object_type": CONVERT,
+    "no_mesh_selected": CONVERT,
+    "out_of_memory": SMALLER,
+    "too_little_memory": SMALLER,
+    "worker_died": SMALLER,
+    "cloud_too_large": SMALLER,
+    "too_large": SMALLER,
+    "unsaved_file": SAVE,
+    "not_baked": ("track4d.bake_lights", "Bake Light", {}),
 }
+WITH_LOG = {"worker_died", "worker_unusable", "internal_error", "server_not_started", "client_failed", "disk_full", "bad_result"}
 
 
 class VIEW3D_PT_track4d(bpy.types.Panel):
@@ -51,26 +72,10 @@ class VIEW3D_PT_track4d(bpy.types.Panel):
         from . import jobs
 
         jobs.wake(context)
-        layout, settings, state = self.layout, context.scene.track4d, jobs.state
-        draw_server(layout, state, context.region.width)
-        column = layout.column()
-        column.prop(settings, "prompt", text="", placeholder="the fox is running")
-        button = column.row()
-        button.scale_y = 1.4
-        button.operator("track4d.animate", icon="PLAY")
-        for job in state.active.values():
-            _draw_job(layout, job, context.region.width)
-        if state.problem is not None:
-            draw_problem(layout.box(), state.problem, context.region.width, dismissable=True)
-        if state.applied is not None and marks.is_animated(bpy.data.objects.get(state.applied["objects"][0])):
-            _draw_applied(layout, state.applied)
-        if state.warnings:
-            _draw_warnings(layout, state.warnings, context.region.width)
-        if state.finished:
-            _draw_results(layout, list(state.finished.values()))
+        draw_main(self.layout, context, jobs.state)
 
 
-class VIEW3D_PT_track4d_advanced(bpy.types.Panel):
+class VIEW3D_PT_track4d_settings(bpy.types.Panel):
     bl_label = "Settings"
     bl_category = "Track4D"
     bl_parent_id = "VIEW3D_PT_track4d"
@@ -79,11 +84,102 @@ class VIEW3D_PT_track4d_advanced(bpy.types.Panel):
     bl_options = {"DEFAULT_CLOSED"}
 
     def draw(self, context: bpy.types.Context) -> None:
-        layout, settings = self.layout, context.scene.track4d
-        layout.use_property_split = True
-        layout.use_property_decorate = False
-        for name in ("front", "preset", "frames", "seed"):
-            layout.prop(settings, name)
+        draw_settings(self.layout, context)
+
+
+class VIEW3D_PT_track4d_lights(bpy.types.Panel):
+    bl_label = "Baked Light"
+    bl_category = "Track4D"
+    bl_parent_id = "VIEW3D_PT_track4d"
+    bl_space_type = "VIEW_3D"
+    bl_region_type = "UI"
+    bl_options = {"DEFAULT_CLOSED"}
+
+    def draw(self, context: bpy.types.Context) -> None:
+        draw_lights(self.layout, context)
+
+
+class VIEW3D_MT_track4d_prompts(bpy.types.Menu):
+    bl_label = "Recent Prompts"
+
+    def draw(self, _context: bpy.types.Context) -> None:
+        for prompt in prompts.recent():
+            self.layout.operator("track4d.use_prompt", text=prompt, translate=False).prompt = prompt
+        if not prompts.recent():
+            self.layout.label(text="No prompts yet")
+
+
+def draw_main(layout: bpy.types.UILayout, context: bpy.types.Context, state: State) -> None:
+    """The tab without its closed parts."""
+    settings, width = context.scene.track4d, context.region.width
+    draw_server(layout, state, width)
+    column = layout.column()
+    _draw_source(column, settings)
+    row = column.row(align=True)
+    row.scale_y = 1.4
+    row.operator("track4d.animate", icon="PLAY").variations = 1
+    several = row.row(align=True)
+    several.scale_x = 0.55
+    several.operator("track4d.animate", text="3 Variations").variations = 3
+    for job in state.active.values():
+        _draw_job(layout, job, width)
+    if state.problem is not None:
+        draw_problem(layout.box(), state.problem, width, dismissable=True)
+    _draw_history(layout, context.object)
+    if state.warnings:
+        _draw_warnings(layout, state.warnings, width)
+    if state.finished:
+        _draw_results(layout, list(state.finished.values()))
+
+
+def _draw_source(layout: bpy.types.UILayout, settings: Track4DSettings) -> None:
+    if settings.source == "PROMPT":
+        row = layout.row(align=True)
+        row.prop(settings, "prompt", text="", placeholder="the fox is running")
+        row.menu("VIEW3D_MT_track4d_prompts", text="", icon="DOWNARROW_HLT")
+    elif settings.source == "VIDEO":
+        column = layout.column(align=True)
+        for name in SIDES.values():
+            column.prop(settings, name)
+    else:
+        layout.prop(settings, "source_object", text="Moves As")
+
+
+def draw_settings(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
+    """Everything about the next animation but its prompt."""
+    settings, scene, obj = context.scene.track4d, context.scene, context.object
+    layout.use_property_split = True
+    layout.use_property_decorate = False
+    for name in ("source", "front", "preset", "output", "seed"):
+        layout.prop(settings, name)
+    column = layout.column(align=True)
+    column.prop(settings, "frames")
+    column.prop(scene.render, "fps")
+    rate = scene.render.fps / scene.render.fps_base
+    column.label(text=f"{settings.frames / rate:.2f} s from frame {scene.frame_start}", icon="TIME")
+    for name in ("strength", "loop", "keep_root"):
+        layout.prop(settings, name)
+    if obj is not None and obj.type == "MESH":
+        layout.prop_search(settings, "pin_group", obj, "vertex_groups")
+    else:
+        layout.prop(settings, "pin_group")
+
+
+def draw_lights(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
+    """The rig of evaluation sets and its bake."""
+    lights = context.scene.track4d.lights
+    layout.use_property_split = True
+    layout.use_property_decorate = False
+    column = layout.column(align=True)
+    for name in ("key", "fill", "back", "background"):
+        column.prop(lights, name)
+    row = layout.row(align=True)
+    row.operator("track4d.add_lights", icon="LIGHT_AREA")
+    row.operator("track4d.remove_lights", text="", icon="X")
+    layout.prop(lights, "samples")
+    layout.prop(lights, "keep_rig")
+    layout.operator("track4d.bake_lights", icon="RENDER_STILL")
+    layout.operator("track4d.write_lit", icon="EXPORT")
 
 
 def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> None:
@@ -105,13 +201,15 @@ def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> N
 
 
 def draw_problem(layout: bpy.types.UILayout, problem: Problem, width: int, dismissable: bool = False) -> None:
-    """What is wrong, what to do, and a button that does it where there is one."""
-    _draw_text(layout, f"{problem.message} {problem.action}", width, "ERROR")
+    """What is wrong, what to do, its code, and a button that does it where there is one."""
+    _draw_text(layout, f"{problem.message} {problem.action} [{problem.code}]", width, "ERROR")
     if problem.code in FIXES:
         operator, text, values = FIXES[problem.code]
         button = layout.operator(operator, text=text)
         for name, value in values.items():
             setattr(button, name, value)
+    if problem.code in WITH_LOG:
+        layout.operator("track4d.open_log", icon="TEXT")
     if dismissable:
         row = layout.row(align=True)
         row.operator("track4d.copy_report", icon="COPYDOWN")
@@ -136,7 +234,9 @@ def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int) -> None:
     from . import previews
 
     box = layout.box()
-    box.label(text=f"{job.objects[0]}: {job.prompt}" if job.objects else job.prompt, icon="ARMATURE_DATA")
+    seed = job.order.settings.get("seed")
+    text = f"{job.objects[0]}: {job.prompt}" if job.objects else job.prompt
+    box.label(text=f"{text}, seed {seed}" if seed else text, icon="ARMATURE_DATA")
     box.progress(factor=job.step / job.total if job.total else 0.0, text=job_text(job))
     picture = previews.icon(job.id)
     if picture:
@@ -145,14 +245,45 @@ def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int) -> None:
     box.operator("track4d.cancel", icon="CANCEL").job_id = job.id
 
 
-def _draw_applied(layout: bpy.types.UILayout, applied: dict[str, Any]) -> None:
+def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None) -> None:
+    """The active object's results: which one is shown, and what can be done with it."""
+    from .results import shown_take
+
+    records = marks.history(obj)
+    if obj is None or not records:
+        return
+    shown = shown_take(obj)
     box = layout.box()
-    frames = f"{applied['frame_start']:g} to {applied['frame_end']:g}"
-    box.label(text=f"{applied['objects'][0]} moves, frames {frames}", icon="CHECKMARK")
-    row = box.row(align=True)
-    play = row.operator("track4d.play", icon="PLAY")
-    play.frame_start, play.frame_end = int(applied["frame_start"]), int(applied["frame_end"])
-    row.operator("track4d.remove_animation", text="Remove", icon="TRASH")
+    record = records.get(shown)
+    if record and "frames" in record:
+        first, last = record["frames"]
+        box.label(text=f"{obj.name} moves, frames {first:g} to {last:g}", icon="CHECKMARK")
+        row = box.row(align=True)
+        play = row.operator("track4d.play", icon="PLAY")
+        play.frame_start, play.frame_end = int(first), int(-(-last // 1))
+        row.operator("track4d.remove_animation", text="Remove", icon="TRASH")
+    column = box.column(align=True)
+    newest = list(records.items())[: -SHOWN_TAKES - 1 : -1]
+    for take, about in newest:
+        row = column.row(align=True)
+        text = f"{about.get('title') or about.get('prompt', '')}, seed {about.get('seed', 0)}"
+        icon = "RADIOBUT_ON" if take == shown else "RADIOBUT_OFF"
+        row.operator("track4d.show_take", text=text, icon=icon, emboss=take == shown).take = take
+        row.operator("track4d.remove_take", text="", icon="X").take = take
+    if len(records) > len(newest):
+        column.label(text=f"{len(records) - len(newest)} older")
+    if record is None:
+        return
+    about = [record.get("model", ""), record.get("settings", {}).get("preset", ""), _day(record.get("made", 0.0))]
+    box.label(text=", ".join(filter(None, about)), icon="INFO")
+    for operator, icon in (("track4d.use_settings", "COPYDOWN"), ("track4d.again", "FILE_REFRESH")):
+        box.operator(operator, icon=icon).take = shown
+    box.operator_menu_enum("track4d.output_as", "output", icon="OUTPUT")
+
+
+@lru_cache(maxsize=64)
+def _day(seconds: float) -> str:
+    return time.strftime("%d %b %H:%M", time.localtime(seconds)) if seconds else ""
 
 
 def _draw_results(layout: bpy.types.UILayout, results: list[FinishedJob]) -> None:
@@ -175,6 +306,8 @@ def job_text(job: ActiveJob) -> str:
         return f"{text}, {job.queue_position - 1} before it"
     if job.phase.name == "RUNNING" and job.stage:
         text = STAGES.get(job.stage, job.stage.capitalize())
+    if job.phase.name in ("RUNNING", "CAPTURING") and job.total > 1:
+        text += f", {job.step} of {job.total}"
     if job.seconds_left is None:
         return text
     return f"{text}, {duration(job.seconds_left)} left"
@@ -187,13 +320,17 @@ def duration(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def wrap(text: str, width: int) -> list[str]:
+def wrap(text: str, width: int) -> tuple[str, ...]:
     """Lines of a label that fit a region of `width` pixels; Blender's labels don't wrap."""
-    scale = bpy.context.preferences.system.ui_scale
-    return textwrap.wrap(text.strip(), max(16, int((width / scale - 50) / 6.5)))
+    return _wrap(text.strip(), max(16, int((width / bpy.context.preferences.system.ui_scale - 50) / 6.5)))
 
 
-CLASSES = (VIEW3D_PT_track4d, VIEW3D_PT_track4d_advanced)
+@lru_cache(maxsize=32)
+def _wrap(text: str, letters: int) -> tuple[str, ...]:
+    return tuple(textwrap.wrap(text, letters))
+
+
+CLASSES = (VIEW3D_MT_track4d_prompts, VIEW3D_PT_track4d, VIEW3D_PT_track4d_settings, VIEW3D_PT_track4d_lights)
 
 
 def register() -> None:

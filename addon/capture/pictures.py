@@ -134,7 +134,7 @@ def _set_up_render(scene: bpy.types.Scene, size: int, samples: int) -> None:
 
 
 @contextmanager
-def _quiet_handlers() -> Iterator[None]:
+def quiet_handlers() -> Iterator[None]:
     """The user's handlers don't hear of a render that isn't theirs."""
     kept = {name: list(getattr(bpy.app.handlers, name)) for name in HANDLERS}
     try:
@@ -165,7 +165,7 @@ def _render(scene: bpy.types.Scene) -> tuple[np.ndarray, np.ndarray]:
     had_result = "Render Result" in bpy.data.images
     CyclesRender.render = render_and_keep
     try:
-        with _quiet_handlers():
+        with quiet_handlers():
             bpy.ops.render.render(scene=scene.name)
     except RuntimeError as error:
         raise InputError(

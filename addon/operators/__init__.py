@@ -1,8 +1,8 @@
 """What the buttons do; one module per thing they act on."""
 
-from . import animation, report, results, server
+from . import animation, fixes, lighting, report, results, server, takes
 
-MODULES = (animation, results, server, report)
+MODULES = (animation, takes, results, server, fixes, report, lighting)
 
 
 def register() -> None:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import bpy
-from track4d_protocol.errors import Track4DError
+from track4d_protocol.errors import InputError, Track4DError
 
-from .. import jobs, marks
+from .. import jobs, marks, prompts
+
+VARIATIONS = 3
+
+
+def refused(operator: bpy.types.Operator, error: Track4DError) -> set[str]:
+    """Shows an error in the panel and in the status bar."""
+    jobs.complain(error)
+    operator.report({"WARNING"}, error.message)
+    return {"CANCELLED"}
 
 
 class TRACK4D_OT_animate(bpy.types.Operator):
@@ -13,26 +22,47 @@ class TRACK4D_OT_animate(bpy.types.Operator):
     bl_label = "Animate"
     bl_description = "Animate the selected meshes as the prompt says; Blender stays free meanwhile"
 
+    variations: bpy.props.IntProperty(default=1, min=1, max=8, options={"SKIP_SAVE"})
+
+    @classmethod
+    def description(cls, _context: bpy.types.Context, properties: bpy.types.OperatorProperties) -> str:
+        if properties.variations == 1:
+            return cls.bl_description
+        return f"{properties.variations} animations of the selected meshes with seeds that follow each other, to choose from"
+
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         if context.mode != "OBJECT":
             cls.poll_message_set("Leave edit mode first")
             return False
-        if not any(o.type == "MESH" for o in context.selected_objects):
+        if not context.selected_objects:
             cls.poll_message_set("Select a mesh first")
             return False
         return True
 
     def execute(self, context: bpy.types.Context) -> set[str]:
-        if not context.scene.track4d.prompt.strip():
-            self.report({"WARNING"}, 'Say in the prompt what happens, for example "the fox is running"')
-            return {"CANCELLED"}
+        settings = context.scene.track4d
         try:
-            jobs.start(context, [o for o in context.selected_objects if o.type == "MESH"])
+            if settings.source == "PROMPT" and not settings.prompt.strip():
+                raise InputError("empty_prompt", "The prompt is empty.", 'Say what happens, for example "the fox is running".')
+            chosen = context.selected_objects
+            jobs.start(context, [o for o in chosen if o.type == "MESH"] or chosen, self.variations)
         except Track4DError as error:
-            jobs.complain(error)
-            self.report({"WARNING"}, error.message)
-            return {"CANCELLED"}
+            return refused(self, error)
+        if settings.source == "PROMPT":
+            prompts.add(settings.prompt)
+        return {"FINISHED"}
+
+
+class TRACK4D_OT_use_prompt(bpy.types.Operator):
+    bl_idname = "track4d.use_prompt"
+    bl_label = "Use This Prompt"
+    bl_description = "Put this sentence into the prompt"
+
+    prompt: bpy.props.StringProperty(options={"SKIP_SAVE"})
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        context.scene.track4d.prompt = self.prompt
         return {"FINISHED"}
 
 
@@ -51,7 +81,7 @@ class TRACK4D_OT_cancel(bpy.types.Operator):
 class TRACK4D_OT_remove_animation(bpy.types.Operator):
     bl_idname = "track4d.remove_animation"
     bl_label = "Remove Animation"
-    bl_description = "Take Track4D's animation off the selected objects, which stand as before"
+    bl_description = "Take all of Track4D's animations off the selected objects, which stand as before"
     bl_options = {"REGISTER", "UNDO"}
 
     @classmethod
@@ -67,9 +97,7 @@ class TRACK4D_OT_remove_animation(bpy.types.Operator):
         try:
             remove([o for o in context.selected_objects if marks.is_animated(o)])
         except Track4DError as error:
-            jobs.complain(error)
-            self.report({"WARNING"}, error.message)
-            return {"CANCELLED"}
+            return refused(self, error)
         jobs.state.applied = None
         return {"FINISHED"}
 
@@ -90,7 +118,7 @@ class TRACK4D_OT_play(bpy.types.Operator):
         return bpy.ops.screen.animation_play()
 
 
-CLASSES = (TRACK4D_OT_animate, TRACK4D_OT_cancel, TRACK4D_OT_remove_animation, TRACK4D_OT_play)
+CLASSES = (TRACK4D_OT_animate, TRACK4D_OT_use_prompt, TRACK4D_OT_cancel, TRACK4D_OT_remove_animation, TRACK4D_OT_play)
 
 
 def register() -> None:

@@ -6,6 +6,7 @@ import bpy
 from track4d_protocol.errors import Track4DError
 
 from .. import jobs
+from .animation import refused
 
 
 class TRACK4D_OT_apply_result(bpy.types.Operator):
@@ -19,9 +20,7 @@ class TRACK4D_OT_apply_result(bpy.types.Operator):
         try:
             jobs.apply(context, self.job_id)
         except Track4DError as error:
-            jobs.complain(error)
-            self.report({"WARNING"}, error.message)
-            return {"CANCELLED"}
+            return refused(self, error)
         return {"FINISHED"}
 
 

@@ -299,7 +299,7 @@ def failing(archive: str, **server) -> dict:
     pump(lambda: not jobs.state.active)
     from bl_ext.user_default.track4d.operators.report import problem_report
 
-    report, code = problem_report(), jobs.state.problem.code
+    report, code = problem_report(bpy.context), jobs.state.problem.code
     ready = bpy.ops.track4d.animate.poll()
     bpy.ops.track4d.dismiss_error()
     return {"code": code, "report": report, "ready": ready, "dismissed": jobs.state.problem is None}

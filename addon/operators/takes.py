@@ -1,0 +1,128 @@
+"""The history of an object: show one of its results, use its settings, do it again, put it in otherwise, remove it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bpy
+from track4d_protocol.errors import Track4DError
+
+from .. import jobs, marks, results
+from ..properties import OUTPUTS
+from .animation import refused
+
+
+class _TakeOperator:
+    """An operator for one take of the active object."""
+
+    take: bpy.props.StringProperty(options={"SKIP_SAVE"})
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        if context.mode != "OBJECT":
+            cls.poll_message_set("Leave edit mode first")
+            return False
+        if not marks.history(context.object):
+            cls.poll_message_set("Select an object that Track4D has animated")
+            return False
+        return True
+
+    def record(self, context: bpy.types.Context) -> dict[str, Any]:
+        """What the active object remembers of the take; the one that is shown, where none was named."""
+        records = marks.history(context.object)
+        self.take = self.take or results.shown_take(context.object)
+        return records.get(self.take) or next(reversed(records.values()))
+
+
+class TRACK4D_OT_show_take(_TakeOperator, bpy.types.Operator):
+    bl_idname = "track4d.show_take"
+    bl_label = "Show This Result"
+    bl_description = "Let this result move the object; the others stay in the list"
+    bl_options = {"REGISTER", "UNDO"}
+
+    def execute(self, _context: bpy.types.Context) -> set[str]:
+        from .. import apply
+
+        try:
+            apply.show(results.owners(self.take), self.take)
+        except Track4DError as error:
+            return refused(self, error)
+        return {"FINISHED"}
+
+
+class TRACK4D_OT_remove_take(_TakeOperator, bpy.types.Operator):
+    bl_idname = "track4d.remove_take"
+    bl_label = "Remove This Result"
+    bl_description = "Take this result off the object; the others stay"
+    bl_options = {"REGISTER", "UNDO"}
+
+    def execute(self, _context: bpy.types.Context) -> set[str]:
+        from .. import apply
+
+        owners = results.owners(self.take)
+        try:
+            apply.remove(owners, self.take)
+        except Track4DError as error:
+            return refused(self, error)
+        for obj in owners:
+            marks.forget(obj, self.take)  # also where the user has removed the motion himself
+        jobs.state.applied = None
+        return {"FINISHED"}
+
+
+class TRACK4D_OT_use_settings(_TakeOperator, bpy.types.Operator):
+    bl_idname = "track4d.use_settings"
+    bl_label = "Use These Settings"
+    bl_description = "Put the prompt, the seed and all settings of this result into the panel"
+    bl_options = {"REGISTER", "UNDO"}
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        context.scene.track4d.use(self.record(context).get("settings", {}))
+        return {"FINISHED"}
+
+
+class TRACK4D_OT_again(_TakeOperator, bpy.types.Operator):
+    bl_idname = "track4d.again"
+    bl_label = "Again with Another Seed"
+    bl_description = "Animate with the settings of this result, and a seed that it hasn't had yet"
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        record, settings = self.record(context), context.scene.track4d
+        settings.use(record.get("settings", {}))
+        running = [{"title": job.prompt, "seed": job.order.settings.get("seed", 0)} for job in jobs.state.active.values()]
+        settings.seed = results.next_seed([*marks.history(context.object).values(), *running], record)
+        try:
+            jobs.start(context, results.owners(self.take) or [context.object])
+        except Track4DError as error:
+            return refused(self, error)
+        return {"FINISHED"}
+
+
+class TRACK4D_OT_output_as(_TakeOperator, bpy.types.Operator):
+    bl_idname = "track4d.output_as"
+    bl_label = "Output As"
+    bl_description = "Fetch this result once more and put it into the scene in another form"
+
+    output: bpy.props.EnumProperty(name="Output", items=OUTPUTS)
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        record = self.record(context)
+        order = jobs.Order(record.get("settings", {}) | {"output": self.output}, record.get("batch", ""))
+        try:
+            jobs.fetch_again(context, self.take, results.owners(self.take), order)
+        except Track4DError as error:
+            return refused(self, error)
+        return {"FINISHED"}
+
+
+CLASSES = (TRACK4D_OT_show_take, TRACK4D_OT_remove_take, TRACK4D_OT_use_settings, TRACK4D_OT_again, TRACK4D_OT_output_as)
+
+
+def register() -> None:
+    for cls in CLASSES:
+        bpy.utils.register_class(cls)
+
+
+def unregister() -> None:
+    for cls in reversed(CLASSES):
+        bpy.utils.unregister_class(cls)

@@ -1,0 +1,86 @@
+"""What a finished job becomes in the scene, and what the object remembers of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import bpy
+from track4d_protocol import __version__
+
+from . import apply, marks
+from .capture import find_objects
+
+if TYPE_CHECKING:
+    from track4d_protocol.messages import Result
+
+    from .capture import Snapshot
+    from .jobs import Order
+
+
+def put(job_id: str, seen: Snapshot, result: Result, order: Order, model: str) -> dict[str, Any]:
+    """Puts a result onto its objects as a take beside the earlier ones, and writes its record.
+
+    Of several results of one click the first is shown; the others don't push it aside.
+
+    Args:
+        job_id: the take's name.
+        seen: the objects as they were captured.
+        result: of the job.
+        order: what was asked for; empty when Blender was closed meanwhile, the server's report tells most of it then.
+        model: as the server calls it.
+
+    Returns:
+        What `apply.shape_keys` returns.
+
+    Raises:
+        Track4DError: the objects are gone or have changed.
+    """
+    objects = find_objects(seen)
+    sibling = _shown_sibling(objects[0], order.batch)
+    settings = result.report.get("settings", {}) | order.settings
+    scenes = [*objects[0].users_scene, bpy.context.scene]
+    made = apply.shape_keys(seen, result, frame_start=scenes[0].frame_start, take=job_id)
+    record = {
+        "prompt": str(result.report.get("prompt", "")),
+        "title": str(settings.get("title") or result.report.get("prompt", "")),
+        "seed": int(result.report.get("seed", settings.get("seed", 0))),
+        "model": str(result.report.get("model", model)),
+        "settings": settings,
+        "batch": order.batch,
+        "made": time.time(),
+        "frames": [made["frame_start"], made["frame_end"]],
+        "versions": {
+            "blender": bpy.app.version_string,
+            "add-on": __version__,
+            "server": str(result.report.get("version", "")),
+            "torch": str(result.report.get("torch", "")),
+        },
+    }
+    for obj in objects:
+        marks.remember(obj, job_id, **record)
+    if sibling:
+        apply.show(objects, sibling)
+    return made
+
+
+def _shown_sibling(obj: bpy.types.Object, batch: str) -> str:
+    """The take that the object shows, when it came from the same click; else ""."""
+    take = shown_take(obj)
+    return take if batch and marks.history(obj).get(take, {}).get("batch") == batch else ""
+
+
+def shown_take(obj: bpy.types.Object) -> str:
+    """The take that moves an object; "" without one."""
+    return marks.shown(obj.data.shape_keys) if obj.type == "MESH" else ""
+
+
+def owners(take: str) -> list[bpy.types.Object]:
+    """All objects that a take was made for."""
+    return [obj for obj in bpy.data.objects if take in marks.history(obj)]
+
+
+def next_seed(records: Sequence[dict[str, Any]], like: dict[str, Any]) -> int:
+    """A seed that no result of the same prompt has had yet."""
+    return 1 + max((record["seed"] for record in records if record.get("title") == like.get("title")), default=-1)

@@ -1,0 +1,236 @@
+"""From what the user chose as the source of the motion to a request: the prompt, a video, or another object of the scene.
+
+All of them are generators that pause often, so that Blender's window stays alive; nothing of them is in `bpy.data`
+during a pause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bpy
+import numpy as np
+from track4d_protocol.errors import InputError
+from track4d_protocol.messages import Request, Settings
+from track4d_protocol.space import AZIMUTHS, canonical_similarity, intrinsics, orbit_viewmats
+
+from . import actions, capture, image_sequences
+from .capture.mesh import PlainCopies, PlainCopy, Snapshot, positions, upright_frame
+from .capture.pictures import render_view
+from .capture.pins import pin_weights
+
+if TYPE_CHECKING:
+    from .properties import Track4DSettings
+
+SIZE = 256  # pixels; the server works at this size
+FILMED_FRAMES = 16  # of another object's motion; as many as the videos of Track4DGen have
+MOST_FRAMES = 48  # of a video; of a longer one, frames at even distances are taken
+Steps = Generator[tuple[int, int], None, Request]  # yields steps done and steps in all
+
+
+def steps(seen: Snapshot, chosen: Track4DSettings) -> tuple[Steps, int]:
+    """The work that makes the request, and how many steps it will have as far as is known.
+
+    Raises:
+        InputError: no_vertex_group, no_source_object, no_views; more while the work goes on.
+    """
+    settings = chosen.to_message()
+    pin = pin_weights(seen, chosen.pin_group) if chosen.pin_group else None
+    if chosen.source == "VIDEO":
+        work, total = from_files(seen, settings, chosen.views()), 0
+    elif chosen.source == "OBJECT":
+        work, total = from_object(seen, settings, parts_of(chosen.source_object, seen)), FILMED_FRAMES * len(AZIMUTHS)
+    else:
+        work, total = _from_prompt(seen, settings), len(AZIMUTHS)
+    return _pinned(work, pin), total
+
+
+def _pinned(work: Steps, pin: np.ndarray | None) -> Steps:
+    request = yield from work
+    if pin is not None:
+        request.arrays["pin"] = pin
+    return request
+
+
+def _from_prompt(seen: Snapshot, settings: Settings) -> Steps:
+    work = capture.steps(seen, settings)
+    while True:
+        try:
+            yield next(work), len(AZIMUTHS)
+        except StopIteration as finished:
+            return finished.value
+
+
+# A video in files
+
+
+def from_files(seen: Snapshot, settings: Settings, views: dict[float, Path], size: int = SIZE) -> Steps:
+    """A request whose motion is in a video of one to four views.
+
+    Args:
+        seen: the objects.
+        settings: of the task "fit".
+        views: video, picture of a sequence, or folder of pictures, by the azimuth of its camera in degrees (0 sees the
+            object's front, 90 its left); or one folder with view_0, view_1, ... and cameras.json.
+        size: larger square pictures are reduced to it.
+
+    Raises:
+        InputError: missing_file, no_views, unreadable_file, sizes_differ, bad_cameras, missing_cameras.
+    """
+    if len(views) == 1 and image_sequences.is_multi_view(path := next(iter(views.values()))):
+        video = image_sequences.read_views(path)
+        viewmats, Ks, space = image_sequences.read_cameras(path, len(video), *video.shape[2:4])
+        yield 1, 1
+        return fit_request(seen, settings, video, viewmats, Ks, space)
+    films = [image_sequences.film(path) for path in views.values()]
+    lengths = {len(film) for film in films}
+    if len(lengths) != 1:
+        raise InputError(
+            "sizes_differ", f"The views have {', '.join(map(str, sorted(lengths)))} frames.", "Give each view as many frames."
+        )
+    count = lengths.pop()
+    chosen = np.linspace(0, count - 1, min(count, MOST_FRAMES)).round().astype(int)
+    video, total = [], len(films) * len(chosen)
+    for film in films:
+        frames = []
+        for index in chosen:
+            frames.append(image_sequences.read_frame(film[index], size))
+            yield len(video) * len(chosen) + len(frames), total
+        video.append(frames)
+    shapes = {picture.shape for frames in video for picture in frames}
+    if len(shapes) != 1:
+        raise InputError(
+            "sizes_differ", f"The pictures have different sizes: {sorted(shapes)}.", "Give each view pictures of the same size."
+        )
+    width = shapes.pop()[1]
+    viewmats = orbit_viewmats(list(views)).astype(np.float64)
+    return fit_request(seen, settings, np.array(video), viewmats, intrinsics(width, len(views)))
+
+
+def fit_request(
+    seen: Snapshot, settings: Settings, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, space: str = "canonical"
+) -> Request:
+    """A request with a video and its cameras in the place of pictures of our own.
+
+    Args:
+        seen: the objects.
+        settings: of the task "fit".
+        video: uint8 [V, F, H, W, 3 or 4].
+        viewmats: [V, 4, 4] from `space` ("canonical" or "world") to the cameras; Ks: [V, 3, 3].
+    """
+    if space == "world":
+        viewmats = viewmats @ seen.to_world
+    else:
+        viewmats = canonical_similarity(seen.vertices, settings.front).viewmats_to_world(viewmats)
+    arrays = capture.mesh_arrays(seen) | {"video": np.ascontiguousarray(video), "viewmats": viewmats, "Ks": Ks}
+    return Request(settings, [item.name for item in seen.objects], arrays)
+
+
+# Another object of the scene
+
+
+def parts_of(source: bpy.types.Object | None, seen: Snapshot) -> list[bpy.types.Object]:
+    """The meshes that make up a source: itself and what is parented to it.
+
+    Raises:
+        InputError: no_source_object.
+    """
+    own = {item.session_uid for item in seen.objects}
+    parts = [obj for obj in (source, *source.children_recursive) if obj.type == "MESH"] if source else []
+    if not parts or own & {obj.session_uid for obj in parts}:
+        what = f"'{source.name}' holds no mesh of another object" if source else "No object is chosen as the motion's source"
+        raise InputError("no_source_object", f"{what}.", "Choose the animated object whose motion shall be taken over.")
+    return parts
+
+
+def own_frames(parts: Sequence[bpy.types.Object]) -> tuple[float, float]:
+    """First and last frame of the animation of objects, of their parents, shape keys and modifiers' objects.
+
+    Without any, the frames of the scene.
+    """
+    owners: list[bpy.types.ID] = []
+    for obj in parts:
+        chain = [obj]
+        while chain[-1].parent:
+            chain.append(chain[-1].parent)
+        chain += [target for modifier in obj.modifiers if (target := getattr(modifier, "object", None))]
+        owners += [owner for each in chain for owner in (each, each.data, getattr(each.data, "shape_keys", None)) if owner]
+    times: list[float] = []
+    for owner in owners:
+        data = getattr(owner, "animation_data", None)
+        times += [time for curve in actions.fcurves(owner) for time in curve.range()]
+        for track in data.nla_tracks if data else ():
+            times += [time for strip in track.strips if not track.mute for time in (strip.frame_start, strip.frame_end)]
+    scene = bpy.context.scene
+    return (min(times), max(times)) if times and min(times) < max(times) else (scene.frame_start, scene.frame_end)
+
+
+def from_object(
+    seen: Snapshot, settings: Settings, parts: Sequence[bpy.types.Object], size: int = SIZE, samples: int = 16
+) -> Steps:
+    """A request whose motion is that of other objects, filmed from four sides over their own frames.
+
+    The cameras stand around the other object as around the one that shall move, so that both fill the pictures alike.
+
+    Raises:
+        InputError: no_source_object when one of them is removed meanwhile, and what `render_view` raises.
+    """
+    names = [obj.name for obj in parts]
+    first, last = own_frames(parts)
+    times = np.linspace(first, last, min(FILMED_FRAMES, int(last - first) + 1))
+    total = len(times) * (len(AZIMUTHS) + 1)
+    with _moment(names, first) as copies:
+        to_world = upright_frame(copies.items[0].matrix_world)
+        from_world = np.linalg.inv(to_world)
+        canonical = canonical_similarity(_places(copies, from_world), settings.front)
+    reach = 1.0
+    for number, time in enumerate(times, 1):
+        with _moment(names, time) as copies:
+            reach = max(reach, float(np.linalg.norm(canonical.apply(_places(copies, from_world)), axis=1).max()))
+        yield number, total
+    viewmats, Ks = orbit_viewmats().astype(np.float64), intrinsics(size, len(AZIMUTHS))
+    viewmats[:, :3, 3] *= reach
+    video = np.empty((len(AZIMUTHS), len(times), size, size, 4), np.uint8)
+    for frame, time in enumerate(times):
+        for view, (viewmat, K) in enumerate(zip(canonical.viewmats_to_world(viewmats), Ks)):
+            with _moment(names, time) as copies:
+                video[view, frame], _ = render_view(copies, from_world, canonical, viewmat, K, size, samples)
+            yield len(times) + frame * len(AZIMUTHS) + view + 1, total
+    return fit_request(seen, settings, video, viewmats, Ks)
+
+
+def _places(copies: PlainCopies, from_world: np.ndarray) -> np.ndarray:
+    """All vertices, [N, 3] float32."""
+    matrices = [from_world @ copy.matrix_world for copy in copies.items]
+    parts = [copy.positions @ matrix[:3, :3].T + matrix[:3, 3] for copy, matrix in zip(copies.items, matrices)]
+    return np.concatenate(parts).astype(np.float32)
+
+
+@contextmanager
+def _moment(names: Sequence[str], time: float) -> Iterator[PlainCopies]:
+    """Copies of objects as they are at another time, in a temporary scene; the user's scene stays where it is."""
+    scene = bpy.data.scenes.new(".Track4D")
+    copies = PlainCopies(scene, [], [scene])
+    try:
+        scene.frame_current, scene.frame_subframe = int(time // 1), float(time % 1)
+        objects = [bpy.data.objects.get(name) for name in names]
+        if None in objects:
+            raise InputError("no_source_object", "The source of the motion was removed.", "Undo that, or choose another.")
+        for obj in objects:
+            scene.collection.objects.link(obj)
+        layer = scene.view_layers[0]
+        layer.update()
+        for obj in objects:
+            evaluated = obj.evaluated_get(layer.depsgraph)
+            mesh = bpy.data.meshes.new_from_object(evaluated, preserve_all_data_layers=True, depsgraph=layer.depsgraph)
+            copies.temporary.append(mesh)
+            matrix_world = np.array(evaluated.matrix_world, np.float64)
+            copies.items.append(PlainCopy(obj, mesh, positions(mesh), matrix_world, None))
+        for obj in objects:
+            scene.collection.objects.unlink(obj)
+        yield copies
+    finally:
+        bpy.data.batch_remove(copies.temporary)
