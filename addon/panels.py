@@ -240,7 +240,7 @@ def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int) -> None:
     box.progress(factor=job.step / job.total if job.total else 0.0, text=job_text(job))
     picture = previews.icon(job.id)
     if picture:
-        units = width / bpy.context.preferences.system.ui_scale / 20  # a unit is the height of a button
+        units = width / _scale() / 20  # a unit is the height of a button
         box.template_icon(picture, scale=max(5.0, min(16.0, units - 3.5)))
     box.operator("track4d.cancel", icon="CANCEL").job_id = job.id
 
@@ -322,7 +322,11 @@ def duration(seconds: float) -> str:
 
 def wrap(text: str, width: int) -> tuple[str, ...]:
     """Lines of a label that fit a region of `width` pixels; Blender's labels don't wrap."""
-    return _wrap(text.strip(), max(16, int((width / bpy.context.preferences.system.ui_scale - 50) / 6.5)))
+    return _wrap(text.strip(), max(16, int((width / _scale() - 50) / 6.5)))
+
+
+def _scale() -> float:
+    return bpy.context.preferences.system.ui_scale or 1.0  # 0 without a window
 
 
 @lru_cache(maxsize=32)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import bpy
 from track4d_protocol import __version__
 
-from . import apply, marks
-from .capture import find_objects
+from . import marks
 
 if TYPE_CHECKING:
     from track4d_protocol.messages import Result
@@ -37,6 +36,9 @@ def put(job_id: str, seen: Snapshot, result: Result, order: Order, model: str) -
     Raises:
         Track4DError: the objects are gone or have changed.
     """
+    from . import apply
+    from .capture import find_objects
+
     objects = find_objects(seen)
     sibling = _shown_sibling(objects[0], order.batch)
     settings = result.report.get("settings", {}) | order.settings
