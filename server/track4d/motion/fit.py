@@ -19,7 +19,7 @@ from .appearance import estimate_shading
 from .field import MotionField
 from .footage import WORKING_SIZE, Footage, read_footage
 from .nodes import LARGEST_SURFACE, build_nodes
-from .register import Look, Places, Pose, Registration
+from .register import COARSE, Look, Places, Pose, Registration
 
 LEAST_OVERLAP = 0.7  # intersection over union of the silhouettes in frame 0
 LEAST_PSNR = 12.0  # dB on the object in frame 0
@@ -147,15 +147,17 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
             else:
                 starts = [registration.follow_flow(guess, frame, look, anchor), guess]
             for rigidity in rounds:
-                starts = list(pool.map(lambda start: registration.refine(start, frame, rigidity, tracked, anchor),  # noqa: B023
-                                       starts))
+                if len(starts) > 1 and rigidity <= COARSE:
+                    starts = [_better(registration, starts, frame, pool)[0]]
+                # Side by side are the starts, and where one is left its views.
+                each = map if len(starts) > 1 else pool.map
+                starts = list((pool.map if len(starts) > 1 else map)(
+                    lambda start: registration.refine(start, frame, rigidity, tracked, anchor, each), starts))  # noqa: B023
                 done += 1
                 report("fit", done, total, _preview(look))
             if tracked is not None:
                 starts = [registration.held_together(start, tracked) for start in starts]
-            looks = list(pool.map(registration.look, starts))
-            best = int(np.argmin([registration.cost(one, frame) for one in looks]))
-            before, pose, look = pose, starts[best], looks[best]
+            before, (pose, look) = pose, _better(registration, starts, frame, pool)
             poses.append(pose)
             views[frame] = registration.evidence(pose, look, frame)
     if places is None:
@@ -165,6 +167,13 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
     if places is None:
         _bridge_gaps(vertices, present)
     return MotionField(vertices, (1 - 0.5**views).astype(np.float32), warnings=_warnings(footage, views, registration.rejected))
+
+
+def _better(registration: Registration, starts: list[Pose], frame: int, pool: ThreadPoolExecutor) -> tuple[Pose, Look]:
+    """The pose that explains the video best, and what it looks like."""
+    looks = list(pool.map(registration.look, starts))
+    best = int(np.argmin([registration.cost(look, frame) for look in looks]))
+    return starts[best], looks[best]
 
 
 def _bridge_gaps(vertices: np.ndarray, present: np.ndarray) -> None:

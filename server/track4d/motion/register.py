@@ -9,6 +9,7 @@ video stretches far gives way (a bar grows, a joint bends) instead of holding ev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -46,7 +47,9 @@ STRAIN = 0.5  # of an edge between nodes, relative to its length: where its stif
 LEAST_STIFFNESS = 0.02  # share that stays at any strain
 LARGEST_SHIFT = 1.0  # canonical units per step: further, the step is rejected
 DAMPING = (1e-3, 1e-1, 10.0)  # tried in this order until a step is sane
-EVIDENCE = 1.2  # a piece moves if that explains the pixels that it changes so many times better than rest
+CLEAN_MISS = 0.3  # pixels that the matches of a clean video lie off
+MOST_CAUTION = 5.0
+EVIDENCE = 1.05  # a piece moves if that explains the pixels that it changes so many times better than rest
 SLIGHT = 2.0  # pixels that a bridge may move and still be at rest
 DEPTH_HOLD = 0.02  # weight of the depth at which a single camera saw a point before, relative to a match
 LARGEST_TURN = 1.0  # radians per step
@@ -181,6 +184,7 @@ class Registration:
         uvs = np.einsum("pk,pkx->px", barycentric, mesh.uvs[triangle]).astype(np.float32)
         light = np.einsum("pk,pkc->pc", barycentric, shading.reshape(len(shading), -1)[self.corners])  # [P, 1 or 3]
         self.colors = (mesh.corner_colors(uvs, triangle) * light).clip(0, 1)  # [P, 3]
+        self.misses: dict[int, float] = {}  # of each frame, pixels that matches lay off in its last round: the video's noise
         self.rejected = 0  # steps that would have thrown nodes about
         self._pixels_by_color = lru_cache(maxsize=2 * footage.views)(self._index_colors)
         self._nearest_inside = lru_cache(maxsize=2 * footage.views)(self._measure_masks)
@@ -258,20 +262,23 @@ class Registration:
 
     # ---- observations
 
-    def flow_targets(self, look: Look, frame: int, outliers: float, upsampling: int) -> Targets:
-        """Where optical flow from the render to the video takes the visible points."""
+    def flow_targets(self, look: Look, frame: int, outliers: float, upsampling: int, each: Callable = map) -> Targets:
+        """Where optical flow from the render to the video takes the visible points; `each` maps over the views."""
         footage = self.footage
         targets = Targets.none(look.uv, FLOW_SCALE * outliers)
-        for v in range(footage.views):
+
+        def match(v: int) -> None:
             seen = np.nonzero(look.visible[v])[0]
             window = _window(footage.masks[v, frame] | (look.alpha[v] > 0.3), round(12 * footage.unit))
             if len(seen) == 0 or window is None or not footage.masks[v, frame].any():
-                continue
+                return
             render = to_grey((look.colors[v][window] * 255 + 0.5).clip(0, 255).astype(np.uint8))
             corner = np.array([window[1].start, window[0].start], np.float32)
             matched, good = match_points(render, footage.grey[v, frame][window], look.uv[v, seen] - corner,
                                          FLOW_TOLERANCE * footage.unit, upsampling)
             self._accept(targets, v, frame, seen, matched + corner, good)
+
+        list(each(match, range(footage.views)))
         return targets
 
     def video_flow_targets(self, look: Look, frame: int) -> Targets:
@@ -425,13 +432,21 @@ class Registration:
         return None
 
     def refine(self, pose: Pose, frame: int, rigidity: float, places: Places | None = None,
-               anchor: np.ndarray | None = None) -> Pose:
-        """One round: look, match, solve."""
+               anchor: np.ndarray | None = None, each: Callable = map) -> Pose:
+        """One round: look, match (`each` maps over the views), solve."""
         coarse, outliers = rigidity > COARSE, float(np.clip(rigidity, 1, 8))
         look = self.look(pose, 1 if coarse else 2)
-        flow = self.flow_targets(look, frame, outliers, 1 if coarse else self.upsampling)
-        targets = [flow, *self.pulls(look, frame, outliers, flow.weights > 0)]
-        return self.solve(pose, targets, rigidity, places, outliers, anchor)
+        flow = self.flow_targets(look, frame, outliers, 1 if coarse else self.upsampling, each)
+        matched = flow.weights > 0
+        if not coarse and matched.any():
+            self.misses[frame] = float(np.median(np.linalg.norm(flow.uv - look.uv, axis=2)[matched])) / self.footage.unit
+        targets = [flow, *self.pulls(look, frame, outliers, matched)]
+        return self.solve(pose, targets, rigidity * (1.0 if coarse else self.caution(frame)), places, outliers, anchor)
+
+    def caution(self, frame: int) -> float:
+        """How much stiffer the surface is in a frame because the frames before missed the video: factor from 1 on."""
+        misses = [miss for at, miss in self.misses.items() if at < frame]
+        return float(np.clip(np.median(misses) / CLEAN_MISS, 1, MOST_CAUTION)) if misses else 1.0
 
     def follow_flow(self, pose: Pose, frame: int, before: Look, anchor: np.ndarray | None = None) -> Pose:
         """Moves an extrapolated pose by the video's own flow since the look at the frame before."""
