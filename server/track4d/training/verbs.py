@@ -487,6 +487,7 @@ assert tuple(_MOTIONS) == VERB_NAMES
 
 # Locomotion is what people ask for first, and the hardest; whole-body motions are learnt soonest.
 _OFTEN = {"walk": 3.0, "run": 3.0, "fly": 2.5, "swim": 2.5} | dict.fromkeys(("jump", "wave", "flap", "look around", "twist"), 1.3)
+_OFTEN |= dict.fromkeys(("attack", "idle", "eat", "clap", "kick", "sit"), 1.6)
 _SELDOM = dict.fromkeys(("bounce", "squash and stretch", "sway", "bend left", "bend right", "pulse", "shake"), 0.7)
 _SHARES = np.array([(_OFTEN | _SELDOM).get(name, 1.0) for name in VERB_NAMES])
 _SHARES /= _SHARES.sum()
