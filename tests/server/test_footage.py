@@ -1,10 +1,15 @@
 """The user's video: masks, backgrounds, pictures that are missing, sizes."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from test_motion import KS, SIZE, VIEWMATS, bend, capsule, film
 from track4d.motion.footage import read_footage
 from track4d_protocol.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from films import KS, SIZE, VIEWMATS, bend, capsule, film  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,14 @@
 """The coarse surface of a fine mesh."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
-from test_motion import bend, capsule
 from track4d.geometry.mesh import Mesh, weld
 from track4d.geometry.proxy import build_proxy
+
+sys.path.insert(0, str(Path(__file__).parent))
+from films import bend, capsule  # noqa: E402
 
 
 def welded(mesh: Mesh) -> Mesh:

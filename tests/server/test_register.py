@@ -1,8 +1,10 @@
 """The registration where the video or the mesh is not what one hopes for, and what it must not move."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from test_motion import KS, TINY, VIEWMATS, bend, capsule, error, film, noise_texture
 from track4d.geometry.mesh import Mesh, weld
 from track4d.motion.appearance import estimate_shading
 from track4d.motion.fit import check_memory, fit_motion
@@ -10,6 +12,9 @@ from track4d.motion.footage import read_footage
 from track4d.motion.nodes import build_nodes
 from track4d.motion.register import Pose, Registration, Targets
 from track4d_protocol.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from films import KS, TINY, VIEWMATS, bend, capsule, error, film, noise_texture  # noqa: E402
 
 
 @pytest.fixture(scope="module")
