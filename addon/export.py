@@ -18,7 +18,7 @@ from track4d_protocol.splat_files import write_gltf, write_ply, write_t4d
 from track4d_protocol.splats import Splats
 
 from . import actions, marks
-from .apply.gaussian_cloud import CLOUD, is_cloud, read_cloud
+from .apply.gaussian_cloud import is_cloud, read_cloud
 from .capture.mesh import positions
 from .files import SPLATS, Staging, check_writable, numbered, suffix
 from .point_cache import write_mdd, write_pc2
@@ -61,7 +61,7 @@ def write(objects: Sequence[bpy.types.Object], place: Path, morph_normals: bool 
     """`export` straight to a path of a `Staging`."""
     if suffix(place) in SPLATS:
         cloud = _cloud_of(objects)
-        write_splats(read_cloud(cloud), place, int(cloud[CLOUD]["frame_start"]))
+        write_splats(read_cloud(cloud), place, int(cloud[marks.CLOUD]["frame_start"]))
         return
     objects = [obj for obj in objects if not is_cloud(obj)]
     with _only(objects) as frames:
@@ -136,9 +136,12 @@ def _only(objects: Sequence[bpy.types.Object]) -> Iterator[tuple[int, int]]:
 
 
 def motion_range(objects: Sequence[bpy.types.Object]) -> tuple[int, int] | None:
-    """First and last frame of the scene in which a Track4D result moves the objects; None without one."""
+    """First and last frame of the scene in which the shown Track4D result moves the objects; None without one."""
     times = []
     for obj in objects:
+        for record in marks.caches(obj).values():
+            if record["modifier"] in obj.modifiers and obj.modifiers[record["modifier"]].show_viewport:
+                times += [record["frame_start"], record["frame_end"]]
         keys = obj.data.shape_keys if obj.type == "MESH" else None
         paths = marks.own_paths(keys)
         for curve in actions.fcurves(keys) if paths else []:

@@ -14,6 +14,8 @@ from typing import Any
 import bpy
 
 MARK = "track4d"
+CACHE = "track4d_cache"  # of an object: its mesh caches
+CLOUD = "track4d_cloud"  # of a Gaussian cloud: {"take", "frame_start", "step"}
 
 
 @lru_cache(maxsize=64)
@@ -70,7 +72,13 @@ def forget(obj: bpy.types.Object, take: str | None = None) -> None:
 
 def is_animated(obj: bpy.types.Object | None) -> bool:
     """Whether an object carries a result."""
-    return obj is not None and obj.type == "MESH" and MARK in (obj.data.shape_keys or ())
+    return obj is not None and obj.type == "MESH" and (MARK in obj or MARK in (obj.data.shape_keys or ()))
+
+
+def caches(obj: bpy.types.Object) -> dict[str, dict[str, Any]]:
+    """By take, the mesh caches that Track4D gave an object: {"modifier", "file", "frame_start", "frame_end"}."""
+    text = obj.get(CACHE)
+    return _parse(text) if isinstance(text, str) else {}
 
 
 def own_keys(keys: bpy.types.Key | None) -> set[str]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import bpy
 import numpy as np
+from mathutils import Matrix
 from track4d_protocol.errors import InputError, ServerError
 from track4d_protocol.messages import Result
 from track4d_protocol.splats import C0, GREY, Splats, sh_rows
 
-CLOUD = "track4d_cloud"  # property of a cloud: {"take", "frame_start", "step"}
+from .. import marks
 
 CUTOFF = 3.0  # standard deviations at which an ellipsoid ends
 MOST_ROWS = 1 << 24  # beyond it the index, a float where Blender 4.2 computes it, is not exact
@@ -48,13 +49,7 @@ def gaussian_cloud(
     Raises:
         InputError: cloud_too_large.
     """
-    count = splats.means.shape[1]
-    if count * splats.frames > MOST_ROWS:
-        raise InputError(
-            "cloud_too_large",
-            f"{count} Gaussians in {splats.frames} frames are more than the {MOST_ROWS} places that one cloud can hold.",
-            "Ask for fewer frames, or choose a smaller quality preset.",
-        )
+    check_size(splats)
     stack = _points(f"{name} frames", splats.means.reshape(-1, 3), {"rotation": splats.quats.reshape(-1, 4)})
     looks = {"size": CUTOFF * splats.scales, "opacity": splats.opacities}
     towards_camera = direction is None and splats.degree > 0
@@ -70,8 +65,9 @@ def gaussian_cloud(
     collection = bpy.context.scene.collection
     for obj in (cloud, stack):
         collection.objects.link(obj)
-    cloud[CLOUD] = {"take": "", "frame_start": frame_start, "step": float(step)}
-    cloud.matrix_world = np.eye(4) if matrix is None else matrix
+    cloud[marks.CLOUD] = {"take": "", "frame_start": frame_start, "step": float(step)}
+    if matrix is not None:
+        cloud.matrix_world = Matrix(np.asarray(matrix).tolist())  # an array itself would be taken by columns
     stack.parent = cloud
     stack.hide_set(True)
     stack.hide_viewport = stack.hide_render = True
@@ -83,9 +79,22 @@ def gaussian_cloud(
     return cloud
 
 
+def check_size(splats: Splats) -> None:
+    """Raises:
+    InputError: cloud_too_large.
+    """
+    count = splats.means.shape[1]
+    if count * splats.frames > MOST_ROWS:
+        raise InputError(
+            "cloud_too_large",
+            f"{count} Gaussians in {splats.frames} frames are more than the {MOST_ROWS} places that one cloud can hold.",
+            "Ask for fewer frames, or choose a smaller quality preset.",
+        )
+
+
 def is_cloud(obj: bpy.types.Object) -> bool:
     """Whether an object is a Gaussian cloud of ours."""
-    return CLOUD in obj
+    return marks.CLOUD in obj
 
 
 def splats_of_result(result: Result, fps: float = 24.0) -> Splats:
@@ -168,7 +177,7 @@ def read_cloud(cloud: bpy.types.Object) -> Splats:
         scales=read(mesh, "size", 3, "vector") / CUTOFF,
         opacities=read(mesh, "opacity", 1, "value")[:, 0],
         sh=np.array(sh).transpose(2, 0, 1, 3) / (C0 if harmonics == 1 else 1.0),  # [G, K, W, 3]
-        fps=render.fps / render.fps_base / cloud[CLOUD]["step"],
+        fps=render.fps / render.fps_base / cloud[marks.CLOUD]["step"],
     )
     return placed(splats, cloud.matrix_world)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import bpy
 import numpy as np
-from track4d_protocol.errors import InputError, ServerError
 from track4d_protocol.messages import Result
 
 from .. import actions, marks
-from ..capture.mesh import ObjectSnapshot, Snapshot, find_objects, snapshot, topology_hash
+from ..capture.mesh import Snapshot
+from .target import check_mode, displacements, match
 
 LINEAR = 1  # Keyframe.interpolation as foreach_set takes it
 
@@ -41,33 +41,19 @@ def shape_keys(
         InputError: object_missing, in_edit_mode, topology_changed, and what `snapshot` raises. Nothing is changed then.
         ServerError: bad_result, the result doesn't have the size of the objects or isn't finite.
     """
-    seen = target if isinstance(target, Snapshot) else snapshot(target, may_be_animated=True)
-    objects = find_objects(seen)
-    frames = np.asarray(result.arrays["vertices"], np.float32)  # [F, N, 3]
-    if frames.ndim != 3 or frames.shape[1:] != seen.vertices.shape:
-        raise ServerError(
-            "bad_result",
-            f"The result has vertices of shape {list(frames.shape)} for {len(seen.vertices)} vertices.",
-            "Animate again; if it happens again, please report it.",
-        )
-    if not np.isfinite(frames).all():
-        raise ServerError(
-            "bad_result", "The result has coordinates that are not finite.", "Animate again with another seed."
-        )
-    for item, obj in zip(seen.objects, objects):
-        _check_target(item, obj)
-    remove(objects, take or None)
+    seen, objects, frames = match(target, result)
+    remove_keys(objects, take or None)
     take = take or uuid.uuid4().hex
     prompt = str(result.report.get("prompt", "")) or "motion"
     action = bpy.data.actions.new(f"Track4D: {prompt}"[:63])
     action[marks.MARK] = take
     names: list[str] = []
     for (item, part), obj in zip(seen.slices(), objects):
-        moves = _displacements(item, frames[:, part] - seen.vertices[part], seen.to_world)
+        moves = displacements(item, frames[:, part] - seen.vertices[part], seen.to_world)
         names = _add_keys(obj, moves, take)
-        _switch(obj.data.shape_keys, take)
+        switch(obj.data.shape_keys, take)
         used = _animate(obj.data.shape_keys, names, action, frame_start, step)
-        marks.remember(obj, take, **_about(result))
+        marks.remember(obj, take, **about(result))
     if not action.users:
         bpy.data.actions.remove(action)  # every object has an action of its own that took the curves
         action = used
@@ -82,22 +68,8 @@ def shape_keys(
     }
 
 
-def show(objects: Sequence[bpy.types.Object], take: str) -> None:
-    """Lets one of the objects' takes move them: its keys count and its action plays, those of the others don't.
-
-    Raises:
-        InputError: in_edit_mode.
-    """
-    found = [obj for obj in objects if obj.type == "MESH" and take in marks.takes(obj.data.shape_keys)]
-    for obj in found:
-        _check_mode(obj)
-    for obj in found:
-        _switch(obj.data.shape_keys, take)
-        obj.data.update()
-
-
-def remove(objects: Sequence[bpy.types.Object], take: str | None = None) -> int:
-    """Takes Track4D's keys and animation away from the objects, as if they had never been there.
+def remove_keys(objects: Sequence[bpy.types.Object], take: str | None = None) -> int:
+    """Takes Track4D's keys and their animation away from the objects, as if they had never been there.
 
     Args:
         objects: of any kind.
@@ -109,10 +81,11 @@ def remove(objects: Sequence[bpy.types.Object], take: str | None = None) -> int:
     Raises:
         InputError: in_edit_mode.
     """
-    found = [(obj, marks.takes(obj.data.shape_keys)) for obj in objects if obj.type == "MESH" and marks.is_animated(obj)]
+    marked = [obj for obj in objects if obj.type == "MESH" and marks.MARK in (obj.data.shape_keys or ())]
+    found = [(obj, marks.takes(obj.data.shape_keys)) for obj in marked]
     found = [(obj, takes) for obj, takes in found if take is None or take in takes]
     for obj, _ in found:
-        _check_mode(obj)
+        check_mode(obj)
     for obj, takes in found:
         keys = obj.data.shape_keys
         index = obj.active_shape_key_index
@@ -124,44 +97,12 @@ def remove(objects: Sequence[bpy.types.Object], take: str | None = None) -> int:
             else:
                 marks.erase(keys)
         elif marks.shown(keys) == take:
-            _switch(keys, list(marks.takes(keys))[-1])
+            switch(keys, list(marks.takes(keys))[-1])
         marks.forget(obj, take)
         if obj.data.shape_keys:
             obj.active_shape_key_index = min(index, len(keys.key_blocks) - 1)
         obj.data.update()
     return len(found)
-
-
-def _check_mode(obj: bpy.types.Object) -> None:
-    if obj.mode != "OBJECT":
-        raise InputError(
-            "in_edit_mode",
-            f"'{obj.name}' is in {obj.mode.replace('_', ' ').lower()} mode.",
-            "Switch to object mode (Tab).",
-        )
-
-
-def _check_target(item: ObjectSnapshot, obj: bpy.types.Object) -> None:
-    _check_mode(obj)
-    if len(obj.data.vertices) != item.count:
-        raise InputError(
-            "topology_changed",
-            f"'{obj.name}' has {len(obj.data.vertices)} vertices; it had {item.count} when it was captured.",
-            "Undo the change, or animate it again.",
-        )
-    if topology_hash(obj.data) != item.topology:
-        raise InputError(
-            "topology_changed",
-            f"The faces of '{obj.name}' are not those that were captured.",
-            "Undo the change, or animate it again.",
-        )
-
-
-def _displacements(item: ObjectSnapshot, moves: np.ndarray, to_world: np.ndarray) -> np.ndarray:
-    """From displacements in capture space [F, N, 3] to those of the object's own vertices, before its modifiers."""
-    linear = np.linalg.inv(item.matrix_world[:3, :3]) @ to_world[:3, :3]
-    moves = moves @ linear.T.astype(np.float32)
-    return moves if item.unbend is None else np.einsum("nij,fnj->fni", item.unbend, moves)
 
 
 def _add_keys(obj: bpy.types.Object, moves: np.ndarray, take: str) -> list[str]:
@@ -185,7 +126,7 @@ def _add_keys(obj: bpy.types.Object, moves: np.ndarray, take: str) -> list[str]:
     return names
 
 
-def _switch(keys: bpy.types.Key, take: str) -> None:
+def switch(keys: bpy.types.Key, take: str) -> None:
     """Mutes the keys of the other takes, and makes the take's action the active one, unless that is the user's own."""
     for other, names in marks.takes(keys).items():
         for name in names:
@@ -203,9 +144,7 @@ def _switch(keys: bpy.types.Key, take: str) -> None:
     marks.write(keys, marks.read(keys) | {"shown": take})
 
 
-def _animate(
-    keys: bpy.types.Key, names: list[str], action: bpy.types.Action, frame_start: int, step: float
-) -> bpy.types.Action:
+def _animate(keys: bpy.types.Key, names: list[str], action: bpy.types.Action, frame_start: int, step: float) -> bpy.types.Action:
     """One F-curve per key: 1 on its own frame, 0 on its neighbours; added to the keys' action if they have one."""
     if keys.animation_data is None or keys.animation_data.action is None:
         actions.assign(keys, action)
@@ -224,7 +163,8 @@ def _animate(
     return keys.animation_data.action
 
 
-def _about(result: Result) -> dict[str, Any]:
+def about(result: Result) -> dict[str, Any]:
+    """What an object remembers of a result."""
     return {
         name: result.report[name]
         for name in ("prompt", "seed", "preset", "model")

@@ -2,7 +2,7 @@
 
 seen = capture.snapshot(objects)                      # checks; keep it until the result is applied
 request = capture.capture(seen, settings)             # or view by view: yield from capture.steps(seen, settings)
-apply.shape_keys(seen, result)
+apply.apply(seen, result)
 """
 
 from __future__ import annotations

@@ -131,20 +131,22 @@ def find_objects(wanted: Sequence[bpy.types.Object] | Snapshot) -> list[bpy.type
     return found
 
 
-def snapshot(objects: Sequence[bpy.types.Object], may_be_animated: bool = False) -> Snapshot:
-    """Looks at the objects and checks that they can be animated; they stay untouched.
+def snapshot(objects: Sequence[bpy.types.Object]) -> Snapshot:
+    """Looks at the objects at the current frame and checks that they can be animated; they stay untouched.
+
+    What moves them already goes on doing so, and the motion comes on top. Of objects that share a mesh the first one counts:
+    the others move like it.
 
     Args:
         objects: mesh objects; the first one's turn about the vertical and its location define capture space.
-        may_be_animated: for a result that was made before the objects were animated.
 
     Raises:
-        InputError: no_mesh_selected, wrong_object_type, linked_data, shared_mesh, absolute_shape_keys,
-            already_animated, empty_mesh, too_few_vertices, no_faces, not_finite, flat_transform, degenerate_mesh.
+        InputError: no_mesh_selected, wrong_object_type, linked_data, absolute_shape_keys, already_animated, empty_mesh,
+            too_few_vertices, no_faces, not_finite, flat_transform, degenerate_mesh, zero_area.
     """
-    objects = list(objects)
-    _check_objects(objects, may_be_animated)
-    with plain_copies(objects) as copies:
+    _check_objects(objects)
+    distinct = list({obj.data: obj for obj in reversed(objects)}.values())[::-1]
+    with plain_copies(distinct) as copies:
         return _read(copies)
 
 
@@ -157,6 +159,7 @@ def _read(copies: PlainCopies) -> Snapshot:
         points = (copy.positions.astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]).astype(np.float32)
         _check_geometry(copy, points)
         corners, corner_uvs, material = colors.triangles(copy.obj, copy.mesh)
+        _check_area(copy, points, corners)
         if np.linalg.det(matrix[:3, :3]) < 0:  # mirrored: keep the outside outside
             corners, corner_uvs = corners[:, ::-1], corner_uvs[:, ::-1]
         vertices.append(points)
@@ -186,6 +189,15 @@ def _read(copies: PlainCopies) -> Snapshot:
             }
         )
     for copy in copies.items:
+        cause = _animation_of(copy.obj)
+        if cause:
+            warnings.append(
+                {
+                    "code": "animation_layered",
+                    "message": f"'{copy.obj.name}' is already animated by {cause}; the new motion comes on top of it.",
+                    "action": "Remove that animation first if the new motion shall stand alone.",
+                }
+            )
         if copy.obj.data.users > 1:
             warnings.append(
                 {
@@ -209,17 +221,24 @@ def _read(copies: PlainCopies) -> Snapshot:
 # Checks
 
 
-def _check_objects(objects: list[bpy.types.Object], may_be_animated: bool) -> None:
+CONVERTIBLE = {"CURVE", "CURVES", "SURFACE", "META", "FONT"}
+INSTEAD = {
+    "EMPTY": "Select a mesh; if it shows a collection, use Object > Apply > Make Instances Real first.",
+    "VOLUME": "Turn it into a mesh with the modifier 'Volume to Mesh'.",
+}
+
+
+def _check_objects(objects: Sequence[bpy.types.Object]) -> None:
     if not objects:
         raise InputError("no_mesh_selected", "No mesh object is selected.", "Select the object to animate.")
-    seen: dict[bpy.types.Mesh, str] = {}
     for obj in objects:
         if obj.type != "MESH":
             kind = obj.bl_rna.properties["type"].enum_items[obj.type].name
+            action = "Use Object > Convert > Mesh." if obj.type in CONVERTIBLE else INSTEAD.get(obj.type, "Select a mesh.")
+            raise InputError("wrong_object_type", f"'{obj.name}' is of type {kind}, not a mesh.", action)
+        if marks.CLOUD in obj:
             raise InputError(
-                "wrong_object_type",
-                f"'{obj.name}' is of type {kind}, not a mesh.",
-                "Select a mesh, or use Object > Convert > Mesh.",
+                "wrong_object_type", f"'{obj.name}' is a Gaussian cloud, not a mesh.", "Select the object that it belongs to."
             )
         if obj.library or obj.data.library:
             raise InputError(
@@ -227,13 +246,6 @@ def _check_objects(objects: list[bpy.types.Object], may_be_animated: bool) -> No
                 f"'{obj.name}' is linked from another file and can't be changed.",
                 "Use Object > Relations > Make Local > Selected Objects and Data.",
             )
-        if obj.data in seen:
-            raise InputError(
-                "shared_mesh",
-                f"'{obj.name}' and '{seen[obj.data]}' use the same mesh '{obj.data.name}'.",
-                "Use Object > Relations > Make Single User > Object & Data, or select one of them.",
-            )
-        seen[obj.data] = obj.name
         keys = obj.data.shape_keys
         if keys and not keys.use_relative:
             raise InputError(
@@ -241,17 +253,18 @@ def _check_objects(objects: list[bpy.types.Object], may_be_animated: bool) -> No
                 f"The shape keys of '{obj.name}' are absolute.",
                 "Switch on 'Relative' in the shape key panel.",
             )
-        cause = "" if may_be_animated else _animation_of(obj)
-        if cause:
-            raise InputError(
-                "already_animated",
-                f"'{obj.name}' is already animated by {cause}.",
-                "Remove that animation, or animate a copy without it (Object > Animation > Clear Keyframes).",
-            )
+        ours = {record["modifier"] for record in marks.caches(obj).values()}
+        for modifier in obj.modifiers:
+            if modifier.type in TIME_DEPENDENT and modifier.show_viewport and modifier.name not in ours:
+                raise InputError(
+                    "already_animated",
+                    f"'{obj.name}' is already animated by the modifier '{modifier.name}', which leaves no room for a motion.",
+                    "Switch that modifier off, or apply it.",
+                )
 
 
 def _animation_of(obj: bpy.types.Object) -> str:
-    """What moves the object's vertices or itself by keyframes or by the clock, in words; empty when nothing does."""
+    """What moves the object's vertices or itself by keyframes, in words; empty when nothing does."""
     for owner, what in ((obj, ""), (obj.data, " of its mesh"), (obj.data.shape_keys, " of its shape keys")):
         found = _action_of(owner, marks.own_paths(owner) if isinstance(owner, bpy.types.Key) else set())
         if found:
@@ -259,8 +272,6 @@ def _animation_of(obj: bpy.types.Object) -> str:
     for modifier in obj.modifiers:
         if not modifier.show_viewport:
             continue
-        if modifier.type in TIME_DEPENDENT:
-            return f"the modifier '{modifier.name}'"
         for name, prop in modifier.bl_rna.properties.items():
             target = getattr(modifier, name) if prop.type == "POINTER" else None
             if isinstance(target, bpy.types.Object):
@@ -304,6 +315,15 @@ def _check_geometry(copy: PlainCopy, points: np.ndarray) -> None:
         raise InputError("flat_transform", f"The scale of '{name}' is zero along an axis.", "Give it a scale that isn't zero.")
     if np.ptp(points, axis=0).max() <= 1e-9:
         raise InputError("degenerate_mesh", f"All vertices of '{name}' lie in one point.", "Select an object with a surface.")
+
+
+def _check_area(copy: PlainCopy, points: np.ndarray, corners: np.ndarray) -> None:
+    a, b, c = (points[corners[:, k]] for k in range(3))
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2
+    if area < 1e-9 * np.ptp(points, axis=0).max() ** 2:
+        raise InputError(
+            "zero_area", f"The faces of '{copy.obj.name}' have no area: it is a line.", "Select an object with a surface."
+        )
 
 
 # Capture space
@@ -400,7 +420,8 @@ def _plain_copy(obj: bpy.types.Object, copies: PlainCopies, unbend: bool) -> Pla
         layer.update()
         return copy.evaluated_get(layer.depsgraph)
 
-    stack = [modifier.name for modifier in copy.modifiers if modifier.show_viewport]
+    ours = {record["modifier"] for record in marks.caches(obj).values()}
+    stack = [modifier.name for modifier in copy.modifiers if modifier.show_viewport and modifier.name not in ours]
     _show(copy, [])
     _flatten_shape_keys(copy, obj, copies, evaluate)
     own = positions(copy.data)

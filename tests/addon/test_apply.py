@@ -65,9 +65,7 @@ def test_moved_and_renamed_while_the_job_ran(kit, cone) -> None:
     cone.name, cone.location, cone.rotation_euler.z = "Other", (9, 9, 9), 1.0
     apply.shape_keys(seen, result)
     moved = capture.snapshot([cone])
-    np.testing.assert_allclose(
-        kit.world_positions([cone], 3), kit.to_world(moved, result.arrays["vertices"][2]), atol=1e-5
-    )
+    np.testing.assert_allclose(kit.world_positions([cone], 3), kit.to_world(moved, result.arrays["vertices"][2]), atol=1e-5)
 
 
 def test_objects_will_do_without_their_snapshot(kit, cone) -> None:
@@ -182,9 +180,7 @@ def test_the_users_key_animation_goes_on_working(kit, cone) -> None:
     result = kit.wave(seen.vertices)
     made = apply.shape_keys(seen, result)
     assert made["action"] == action.name
-    np.testing.assert_allclose(
-        kit.world_positions([cone], 1), kit.to_world(seen, result.arrays["vertices"][0]), atol=1e-6
-    )
+    np.testing.assert_allclose(kit.world_positions([cone], 1), kit.to_world(seen, result.arrays["vertices"][0]), atol=1e-6)
     last = kit.world_positions([cone], 6) - kit.to_world(seen, result.arrays["vertices"][5])
     assert np.abs(last[3]).max() == pytest.approx(0.25, abs=1e-5) and np.abs(np.delete(last, 3, 0)).max() < 1e-5
     apply.remove([cone])
@@ -330,3 +326,144 @@ def test_takes_side_by_side(kit, cone, case) -> None:
     apply.remove(objects)
     bpy.context.scene.frame_set(before["Scene"][7])
     assert kit.everything() == before and marks.MARK not in cone
+
+
+# Other kinds of output
+
+
+def with_gaussians(result: Result, count: int = 30) -> Result:
+    """The result with Gaussians that ride on its first vertices."""
+    frames, vertices = result.arrays["vertices"].shape[:2]
+    rng = np.random.default_rng(0)
+    quats = rng.normal(size=(frames, count, 4))
+    result.arrays |= {
+        "gaussian_means": result.arrays["vertices"][:, np.arange(count) % vertices],
+        "gaussian_quats": (quats / np.linalg.norm(quats, axis=-1, keepdims=True)).astype(np.float32),
+        "gaussian_scales": rng.uniform(0.01, 0.05, (count, 3)).astype(np.float32),
+        "gaussian_opacities": rng.uniform(0.2, 1, count).astype(np.float32),
+        "gaussian_colors": rng.uniform(0, 1, (count, 3)).astype(np.float32),
+    }
+    return result
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The open scene as a file, for what lies beside it."""
+    bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "scene.blend"))
+    return tmp_path
+
+
+def files_of(folder) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.suffix == ".pc2")
+
+
+@pytest.mark.parametrize("scale", [(1, 1, 1), (-1, 2, 0.5)])
+def test_mesh_cache(kit, saved, scale) -> None:
+    objects = [kit.make_cone("One"), kit.make_cone("Two", sides=7)]
+    objects[1].scale, objects[1].location, objects[1].rotation_euler = scale, (3, 2, 1), Euler((0.3, 0.4, 0.7))
+    give_keys(objects[0])
+    twist = objects[1].modifiers.new("Twist", "SIMPLE_DEFORM")
+    twist.deform_method, twist.angle = "TWIST", 0.0
+    objects[1].modifiers.new("Smooth", "SUBSURF").show_viewport = False
+    seen = capture.snapshot(objects)
+    bpy.context.view_layer.update()
+    before = kit.everything()
+    result = kit.wave(seen.vertices, 9)
+    made = apply.apply(seen, result, "mesh_cache", frame_start=4, step=2.0)
+    assert_moves_as(kit, seen, result, objects, 4, 2.0, tolerance=1e-5)
+    assert (made["frame_start"], made["frame_end"]) == (4, 20) and sorted(made["files"]) == files_of(saved)
+    assert len(made["files"]) == 2 and [m.name for m in objects[1].modifiers] == ["Track4D", "Twist", "Smooth"]
+    assert np.allclose(capture.snapshot(objects).vertices, seen.vertices, atol=1e-6)  # a second capture doesn't see it
+    np.testing.assert_allclose(kit.world_positions(objects, 60), kit.world_positions(objects, 20), atol=1e-6)
+    bpy.ops.wm.save_mainfile()
+    assert apply.remove(objects) == 2
+    bpy.context.scene.frame_set(before["Scene"][7])
+    assert kit.everything() == before and not files_of(saved) and not (saved / "track4d_cache").exists()
+
+
+def test_a_copy_keeps_the_cache_that_it_plays(kit, saved, cone) -> None:
+    seen = capture.snapshot([cone])
+    result = kit.wave(seen.vertices)
+    apply.apply(seen, result, "mesh_cache")
+    copy = cone.copy()
+    copy.data = cone.data.copy()
+    bpy.context.scene.collection.objects.link(copy)
+    apply.remove([cone])
+    assert len(files_of(saved)) == 1
+    assert_moves_as(kit, seen, result, [copy], tolerance=1e-5)
+    apply.remove([copy])
+    assert not files_of(saved)
+
+
+def test_a_cache_needs_a_saved_file(kit, cone) -> None:
+    seen, before = capture.snapshot([cone]), kit.everything()
+    for kind in ("mesh_cache", "all"):
+        with pytest.raises(InputError) as caught:
+            apply.apply(seen, with_gaussians(kit.wave(seen.vertices)), kind)
+        assert caught.value.code == "unsaved_file" and kit.everything() == before
+
+
+def test_gaussian_cloud_stands_in_the_object_and_goes_along(kit, cone) -> None:
+    from track4d_addon.apply.gaussian_cloud import read_cloud
+
+    cone.location, cone.rotation_euler, cone.scale = (5, 4, 3), Euler((0.2, 0.1, 2.0)), (1, 2, 0.5)
+    bpy.context.view_layer.update()
+    seen = capture.snapshot([cone])
+    before = kit.everything()
+    result = with_gaussians(kit.wave(seen.vertices))
+    cone.location.x += 10  # while the job ran
+    made = apply.apply(seen, result, "gaussian_cloud")
+    cloud = bpy.data.objects[made["cloud"]]
+    bpy.context.view_layer.update()
+    splats = read_cloud(cloud)
+    assert splats.means.shape == (6, 30, 3) and cloud.parent == cone and cone.data.shape_keys is None
+    np.testing.assert_allclose(splats.means, kit.to_world(seen, result.arrays["gaussian_means"]) + [10, 0, 0], atol=1e-5)
+    np.testing.assert_allclose(splats.colors(3, direction=[1, 0, 0]), result.arrays["gaussian_colors"], atol=1e-5)
+    cone.location.z += 1
+    bpy.context.view_layer.update()
+    np.testing.assert_allclose(read_cloud(cloud).means - splats.means, np.broadcast_to([0, 0, 1], (6, 30, 3)), atol=1e-5)
+    with pytest.raises(InputError) as caught:
+        capture.snapshot([cloud])
+    assert caught.value.code == "wrong_object_type"
+    apply.remove([cone])
+    cone.location = (5, 4, 3)
+    bpy.context.view_layer.update()
+    assert kit.everything() == before
+    apply.apply(seen, result, "gaussian_cloud")
+    assert apply.remove([child for child in cone.children]) == 1 and not cone.children
+
+
+def test_all_kinds_at_once(kit, saved, cone) -> None:
+    seen, before = capture.snapshot([cone]), kit.everything()
+    result = with_gaussians(kit.wave(seen.vertices))
+    made = apply.apply(seen, result, "all")
+    assert {"keys", "action", "cloud", "files"} <= made.keys() and len(cone.data.shape_keys.key_blocks) == 7
+    assert_moves_as(kit, seen, result, [cone])
+    cone.modifiers["Track4D"].show_viewport = True  # either of them alone moves the mesh
+    for block in cone.data.shape_keys.key_blocks[1:]:
+        block.mute = True
+    assert_moves_as(kit, seen, result, [cone])
+    apply.remove([cone])
+    bpy.context.scene.frame_set(before["Scene"][7])
+    assert kit.everything() == before and not files_of(saved)
+
+
+def test_takes_of_different_kinds_side_by_side(kit, saved, cone) -> None:
+    seen, before = capture.snapshot([cone]), kit.everything()
+    results = {name: with_gaussians(kit.wave(seen.vertices, 3 + n)) for n, name in enumerate(("keys", "cache", "cloud"))}
+    still = Result({}, {"vertices": np.repeat(seen.vertices[None], 3, 0)})
+    for (name, result), kind in zip(results.items(), ("shape_keys", "mesh_cache", "gaussian_cloud")):
+        apply.apply(seen, result, kind, take=name)
+    (cloud,) = cone.children
+    for shown in ("cache", "keys", "cloud", "keys", "cache"):
+        apply.show([cone], shown)
+        assert_moves_as(kit, seen, still if shown == "cloud" else results[shown], [cone])
+        assert cloud.hide_viewport == cloud.hide_render == (shown != "cloud")
+    apply.remove([cone], "cache")
+    assert not files_of(saved) and not cloud.hide_viewport  # the last one that is left
+    with pytest.raises(ServerError) as caught:
+        apply.apply(seen, kit.wave(seen.vertices), "gaussian_cloud")
+    assert caught.value.code == "no_gaussians"
+    apply.remove([cone])
+    bpy.context.scene.frame_set(before["Scene"][7])
+    assert kit.everything() == before
