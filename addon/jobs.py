@@ -8,19 +8,23 @@ Blender's data, so that nothing about a running job can be saved into a file.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import json
 import logging
 import queue
+import time
 import uuid
 from collections.abc import Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bpy
 from track4d_protocol.errors import InputError, Track4DError, error_from_dict
 
 from . import client_thread as link
-from . import marks, previews
+from . import live_motion, local_setup, marks, previews
 
 if TYPE_CHECKING:
     from track4d_protocol.messages import Job, Request, Result
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CAPTURE_TICK, BUSY_TICK, IDLE_TICK = 0.01, 0.1, 0.5  # seconds
+SILENT = 1.2  # seconds without a sign of the server after which the tab says so; the connection may still be good
 
 
 class Phase(str, Enum):
@@ -83,6 +88,7 @@ class FinishedJob:
     result: Result | None = None  # when it is here already
     seen: Snapshot | None = None  # when it was captured in this session
     order: Order = Order()
+    away: bool = False  # it ended while no Blender watched
 
 
 @dataclass
@@ -109,6 +115,8 @@ class State:
 
     server: link.Server = link.Server.UNKNOWN
     hello: dict[str, Any] | None = None
+    silent: bool = False  # no sign of the server for a moment
+    setup: local_setup.Status = local_setup.Status()  # of this computer's server
     server_problem: Problem | None = None
     active: dict[str, ActiveJob] = field(default_factory=dict)
     finished: dict[str, FinishedJob] = field(default_factory=dict)
@@ -122,6 +130,9 @@ state = State()
 _thread: link.ClientThread | None = None
 _captures: dict[str, Capture] = {}  # by batch
 _dropped: set[str] = set()  # jobs that the user cancelled or dismissed; late news of them is ignored
+
+
+_looked = 0.0  # when the set-up was looked at
 
 
 # What the operators call
@@ -145,6 +156,7 @@ def start(context: bpy.types.Context, objects: list[bpy.types.Object], variation
     from .capture import snapshot
 
     chosen = context.scene.track4d
+    live_motion.sweep()
     seen = snapshot(objects)
     steps, total = sources.steps(seen, chosen)
     names, batch = [item.name for item in seen.objects], uuid.uuid4().hex
@@ -185,6 +197,7 @@ def apply(context: bpy.types.Context, job_id: str) -> None:
     from .capture import snapshot
 
     job = state.finished[job_id]
+    live_motion.sweep()
     if job.result is not None:
         _apply(job.id, job.seen or snapshot(named_objects(job.objects)), job.result, job.order)
         del state.finished[job_id]
@@ -205,7 +218,8 @@ def fetch_again(context: bpy.types.Context, job_id: str, objects: list[bpy.types
     """
     from .capture import snapshot
 
-    seen = snapshot(objects, may_be_animated=True)
+    live_motion.sweep()
+    seen = snapshot(objects)
     names = [item.name for item in seen.objects]
     title = str(order.settings.get("title", ""))
     state.active[job_id] = ActiveJob(job_id, title, names, seen, Phase.FETCHING, order=order)
@@ -218,6 +232,7 @@ def dismiss(job_id: str) -> None:
     """Remove a finished job from the list and from the server."""
     if state.finished.pop(job_id, None) is not None:
         _drop(job_id)
+        _forget_order(job_id)
         if _thread is not None:
             _thread.commands.put(link.Forget(job_id))
 
@@ -232,7 +247,9 @@ def attach(context: bpy.types.Context, start: bool = False) -> None:
     global _thread
     from .preferences import preferences
 
-    source = preferences(context).source()
+    global _looked
+    chosen = preferences(context)
+    source, state.setup, _looked = chosen.source(), local_setup.read_status(chosen.server_home()), time.monotonic()
     if _thread is None or not _thread.is_alive():
         _thread = link.ClientThread()
         _thread.start()
@@ -242,6 +259,7 @@ def attach(context: bpy.types.Context, start: bool = False) -> None:
         bpy.app.timers.register(_timer, persistent=True)
     if _file_loaded not in bpy.app.handlers.load_post:
         bpy.app.handlers.load_post.append(_file_loaded)
+        live_motion.register()
 
 
 def wake(context: bpy.types.Context) -> None:
@@ -258,6 +276,7 @@ def shut_down() -> None:
         bpy.app.timers.unregister(_timer)
     if _file_loaded in bpy.app.handlers.load_post:
         bpy.app.handlers.load_post.remove(_file_loaded)
+        live_motion.unregister()
     for capture in _captures.values():
         capture.steps.close()
     _captures.clear()
@@ -302,9 +321,34 @@ def tick() -> float:
     if _captures:
         _advance_capture()
         changed = True
+    else:
+        changed |= live_motion.play()
+    changed |= previews.play() | _look_at_server() | _look_at_setup()
     if changed:
         _redraw()
     return CAPTURE_TICK if _captures else BUSY_TICK if state.active else IDLE_TICK
+
+
+def _look_at_server() -> bool:
+    """Whether it has become silent, or speaks again; the thread notices only later that it is lost."""
+    silent = _thread is not None and _thread.silence > SILENT
+    changed = silent != state.silent
+    state.silent = silent
+    return changed
+
+
+def _look_at_setup() -> bool:
+    """Twice a second while this computer's server is set up; when it is there, it is started."""
+    global _looked
+    if not state.setup.busy or time.monotonic() - _looked < IDLE_TICK:
+        return False
+    from .preferences import preferences
+
+    before, _looked = state.setup, time.monotonic()
+    state.setup = local_setup.read_status(preferences(bpy.context).server_home())
+    if before.state == "installing" and state.setup.state == "ready":
+        attach(bpy.context, start=True)
+    return before != state.setup
 
 
 def _advance_capture() -> None:
@@ -321,6 +365,7 @@ def _advance_capture() -> None:
             job.phase, job.step, job.total = Phase.SENDING, 0, 0
             request: Request = finished.value
             settings = replace(request.settings, seed=job.order.settings["seed"])
+            _keep_order(job)
             _thread.commands.put(link.Submit(job.id, replace(request, settings=settings)))
     except Track4DError as error:
         _fail_capture(batch, error)
@@ -350,6 +395,10 @@ def _take(event: link.Event) -> None:
         _update(event.job)
     elif isinstance(event, link.JobsListed):
         _offer(event.jobs)
+    elif isinstance(event, link.MotionSeen):
+        job = state.active.get(event.job_id)
+        if job is not None and job.seen is not None:
+            live_motion.show(job.id, job.seen, event.moves)
     elif isinstance(event, link.ResultArrived):
         _receive(event.job_id, event.result)
     elif isinstance(event, link.JobFailed):
@@ -399,16 +448,19 @@ def _offer(jobs: list[Job]) -> None:
         elif news.id in _dropped or news.id in state.finished or news.id in applied:
             continue
         elif news.state.value == "done":
-            state.finished[news.id] = FinishedJob(news.id, news.prompt, list(news.objects), news.created)
+            order = _kept_order(news.id)
+            state.finished[news.id] = FinishedJob(
+                news.id, news.prompt, list(news.objects), news.created, order=order, away=True
+            )
         elif not news.state.final:
-            state.active[news.id] = ActiveJob(news.id, news.prompt, list(news.objects))
+            state.active[news.id] = ActiveJob(news.id, news.prompt, list(news.objects), order=_kept_order(news.id))
             _update(news)
 
 
 def _receive(job_id: str, result: Result) -> None:
     """Apply a result when its objects are as they were, else keep it for the user's click."""
     job = state.active.pop(job_id, None)
-    previews.drop(job_id)
+    _end_show(job_id)
     if job is None:
         return
     assert job.seen is not None
@@ -425,21 +477,56 @@ def _receive(job_id: str, result: Result) -> None:
 def _apply(job_id: str, seen: Snapshot, result: Result, order: Order) -> None:
     from . import results
 
+    live_motion.sweep()
     state.applied = results.put(job_id, seen, result, order, str((state.hello or {}).get("model", "")))
     state.last_report = result.report
     state.warnings = [_warning(warning) for warning in [*seen.warnings, *result.report.get("warnings", [])]]
     _push_undo("Track4D animation")
+    _forget_order(job_id)
 
 
 def _fail(job_id: str, error: Track4DError) -> None:
     state.active.pop(job_id, None)
-    previews.drop(job_id)
+    _end_show(job_id)
     state.problem = _problem(error, job_id)
 
 
 def _drop(job_id: str) -> None:
     _dropped.add(job_id)
+    _end_show(job_id)
+
+
+def _end_show(job_id: str) -> None:
+    """Takes the picture and the coarse motion of a job away."""
     previews.drop(job_id)
+    live_motion.drop(job_id)
+
+
+def folder() -> Path:
+    """Where this Blender's user keeps what belongs to jobs that haven't ended: unsent requests and orders."""
+    from .preferences import ADDON
+
+    return Path(bpy.utils.extension_path_user(ADDON, path="jobs", create=True))
+
+
+def _keep_order(job: ActiveJob) -> None:
+    """The order isn't part of the request, and must be known when another session applies the result."""
+    try:
+        (folder() / f"{job.id}.json").write_text(json.dumps(asdict(job.order)), "utf-8")
+    except OSError as error:
+        log.warning("The order of job %s can't be kept: %s", job.id, error)
+
+
+def _kept_order(job_id: str) -> Order:
+    try:
+        return Order(**json.loads((folder() / f"{job_id}.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):  # of another computer or user
+        return Order()
+
+
+def _forget_order(job_id: str) -> None:
+    with contextlib.suppress(OSError):
+        (folder() / f"{job_id}.json").unlink(missing_ok=True)
 
 
 def worker_error(hello: dict[str, Any] | None) -> Track4DError | None:
@@ -470,6 +557,37 @@ def named_objects(names: list[str]) -> list[bpy.types.Object]:
             "Open the file that the animation was made in.",
         )
     return [bpy.data.objects[name] for name in names]
+
+
+def status() -> list[tuple[str, str]]:
+    """What the tab says of the server: lines of text, each with the name of an icon."""
+    hello, server = state.hello or {}, state.server
+    if state.setup.busy:
+        percent = f", {state.setup.fraction:.0%}" if state.setup.fraction else ""
+        return [(f"{state.setup.text}{percent} ({state.setup.step} of {state.setup.total})", "IMPORT")]
+    if server is link.Server.STARTING:
+        return [("Starting the server", "SORTTIME")]
+    if server is link.Server.LOST:
+        return [("Lost the server, looking for it", "UNLINKED")]
+    if server is link.Server.ABSENT or state.silent:
+        return [("No sign of the server" if state.silent else "No server", "UNLINKED")]
+    if server is not link.Server.CONNECTED:
+        return [("Looking for the server", "SORTTIME")]
+    if hello.get("worker") == "failed":
+        return [("The server can't work", "ERROR")]
+    if hello.get("worker") == "starting":
+        return [("The server warms up", "SORTTIME")]
+    device, model, licence = (str(hello.get(name, "")) for name in ("device", "model", "licence"))
+    lines = [(f"Server on {device}" if device else "Server ready", "CHECKMARK")]
+    if model:
+        lines.append((f"{model} ({licence})" if licence else model, "BLANK1"))
+    places = [job.queue_position for job in state.active.values() if job.phase is Phase.QUEUED and job.queue_position]
+    waiting = hello.get("waiting", 0)
+    if places:
+        lines.append((f"Next of yours: number {min(places)} of {max(waiting, *places)} in the queue", "BLANK1"))
+    elif waiting:
+        lines.append((f"{waiting} jobs of others wait", "BLANK1"))
+    return lines
 
 
 def _push_undo(message: str) -> None:

@@ -38,7 +38,7 @@ FIXES: dict[str, Fix] = {  # by error code
     "server_not_running": START,
     "server_unreachable": START,
     "server_lost": START,
-    "server_python_missing": CHOOSE,
+    "server_python_missing": ("track4d.set_up_server", "Set Up Local Server", {}),
     "server_not_started": CHOOSE,
     "home_unwritable": CHOOSE,
     "no_connection_file": CHOOSE,
@@ -150,8 +150,11 @@ def draw_settings(layout: bpy.types.UILayout, context: bpy.types.Context) -> Non
     settings, scene, obj = context.scene.track4d, context.scene, context.object
     layout.use_property_split = True
     layout.use_property_decorate = False
-    for name in ("source", "front", "preset", "output", "seed"):
+    for name in ("source", "front", "preset", "output"):
         layout.prop(settings, name)
+    if settings.output in ("gaussian_cloud", "all"):
+        layout.prop(settings, "cloud_colors")
+    layout.prop(settings, "seed")
     column = layout.column(align=True)
     column.prop(settings, "frames")
     column.prop(scene.render, "fps")
@@ -183,19 +186,16 @@ def draw_lights(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
 
 
 def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> None:
-    """One line about the server, or what keeps it away and the button that helps."""
-    hello = state.hello or {}
-    device = hello.get("device", "")
-    connected = {"failed": ("The server can't work", "ERROR"), "starting": ("The server warms up", "SORTTIME")}
-    text, icon = {
-        "unknown": ("Looking for the server", "SORTTIME"),
-        "connecting": ("Looking for the server", "SORTTIME"),
-        "starting": ("Starting the server", "SORTTIME"),
-        "connected": connected.get(hello.get("worker", ""), (f"Server on {device}" if device else "Server ready", "CHECKMARK")),
-        "absent": ("No server", "UNLINKED"),
-        "lost": ("Lost the server, looking for it", "UNLINKED"),
-    }[state.server.value]
-    layout.label(text=text, icon=icon)
+    """What is known of the server, or what keeps it away and the button that helps."""
+    from . import jobs
+
+    column = layout.column(align=True)
+    for text, icon in jobs.status():
+        column.label(text=text, icon=icon, translate=False)
+    if state.setup.state in ("interrupted", "failed"):
+        box = layout.box()
+        _draw_text(box, state.setup.text, width, "ERROR")
+        box.operator("track4d.set_up_server", text="Go On Setting Up")
     if state.server_problem is not None:
         draw_problem(layout.box(), state.server_problem, width)
 
@@ -208,6 +208,8 @@ def draw_problem(layout: bpy.types.UILayout, problem: Problem, width: int, dismi
         button = layout.operator(operator, text=text)
         for name, value in values.items():
             setattr(button, name, value)
+    if problem.code == "server_python_missing":
+        layout.operator("track4d.use_existing_server")
     if problem.code in WITH_LOG:
         layout.operator("track4d.open_log", icon="TEXT")
     if dismissable:
@@ -247,8 +249,9 @@ def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int) -> None:
 
 def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None) -> None:
     """The active object's results: which one is shown, and what can be done with it."""
-    from .results import shown_take
+    from .results import shown_take, subject
 
+    obj = subject(obj)
     records = marks.history(obj)
     if obj is None or not records:
         return
@@ -289,7 +292,8 @@ def _day(seconds: float) -> str:
 def _draw_results(layout: bpy.types.UILayout, results: list[FinishedJob]) -> None:
     here = [job for job in results if all(name in bpy.data.objects for name in job.objects)][:SHOWN_RESULTS]
     box = layout.box()
-    box.label(text="Finished, not applied", icon="CHECKMARK")
+    away = sum(job.away for job in here)
+    box.label(text=f"{away} finished while you were away" if away else "Finished, not applied", icon="CHECKMARK")
     for job in here:
         row = box.row(align=True)
         row.label(text=f"{', '.join(job.objects)}: {job.prompt}")

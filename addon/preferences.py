@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bpy
+from track4d_protocol.keys import default_home
+
+from .local_setup import environment_python, read_status
 
 if TYPE_CHECKING:
     from .client_thread import Source
+    from .local_setup import Status
 
 ADDON = __package__  # bl_ext.<repository>.track4d, the key of the preferences
 SERVERS = (
@@ -41,6 +45,21 @@ class Track4DPreferences(bpy.types.AddonPreferences):
         subtype="DIR_PATH",
         update=_changed,
     )
+    setup_python: bpy.props.StringProperty(
+        name="Set Up With",
+        description="The Python from which the server's environment is made; empty for Blender's own",
+        subtype="FILE_PATH",
+    )
+    setup_package: bpy.props.StringProperty(
+        name="Package",
+        description="What pip installs: a package's name, a wheel, or a folder with the source",
+        default="track4d",
+    )
+    address: bpy.props.StringProperty(
+        name="Address",
+        description="host:port by which the server is reached from here; empty for the address in the connection file",
+        update=_changed,
+    )
     connection_file: bpy.props.StringProperty(
         name="Connection File",
         description="connection.json from the server's folder; it holds the keys, so keep it private",
@@ -50,15 +69,23 @@ class Track4DPreferences(bpy.types.AddonPreferences):
 
     def source(self) -> Source:
         """The same choice for the client thread, which may not touch bpy."""
+        from . import jobs
         from .client_thread import Source
 
         other = self.server == "FILE"
+        inside = environment_python(self.server_home())
         return Source(
             connection_file=_path(self.connection_file) or Path() if other else None,
+            address=self.address.strip(),
             home=_path(self.home),
-            python=str(_path(self.python) or ""),
+            python=str(_path(self.python) or (inside if read_status(self.server_home()).state == "ready" else "")),
             online=bpy.app.online_access,
+            outbox=jobs.folder(),
         )
+
+    def server_home(self) -> Path:
+        """The folder of this computer's server."""
+        return _path(self.home) or default_home()
 
     def draw(self, _context: bpy.types.Context) -> None:
         from . import jobs, panels
@@ -67,16 +94,40 @@ class Track4DPreferences(bpy.types.AddonPreferences):
         layout.use_property_split = True
         layout.prop(self, "server")
         if self.server == "LOCAL":
+            _draw_setup(layout.box(), self, jobs.state.setup)
             layout.prop(self, "python")
             layout.prop(self, "home")
         else:
             layout.prop(self, "connection_file")
+            layout.prop(self, "address")
         panels.draw_server(layout, jobs.state)
         row = layout.row(align=True)
         if jobs.state.server_problem is None or jobs.state.server_problem.code not in panels.FIXES:
             text = "Start the Server" if self.server == "LOCAL" else "Connect"
             row.operator("track4d.start_server", icon="FILE_REFRESH", text=text)
         row.operator("track4d.copy_report", icon="COPYDOWN")
+
+
+def _draw_setup(layout: bpy.types.UILayout, chosen: Track4DPreferences, setup: Status) -> None:
+    """The environment that Track4D makes for the server, or the buttons that make it."""
+    if setup.busy:
+        factor = (setup.step - 1 + setup.fraction) / setup.total if setup.step else 0.0
+        layout.progress(factor=factor, text=setup.text)
+        layout.operator("track4d.stop_setup", icon="CANCEL")
+        return
+    if setup.state == "ready":
+        layout.label(text=f"Server {setup.version} is set up in {chosen.server_home()}", icon="CHECKMARK")
+    else:
+        text = setup.text or "The server takes about 5 GB; what is downloaded comes from the Python package index"
+        layout.label(text=text, icon="INFO" if setup.state == "absent" else "ERROR")
+        layout.prop(chosen, "setup_python")
+        layout.prop(chosen, "setup_package")
+    row = layout.row(align=True)
+    text = {"absent": "Set Up Local Server", "ready": "Set Up Again"}.get(setup.state, "Go On")
+    row.operator("track4d.set_up_server", text=text, icon="IMPORT")
+    if setup.state != "absent":
+        row.operator("track4d.remove_setup", icon="TRASH")
+        row.operator("track4d.open_setup_log", icon="TEXT")
 
 
 def _path(text: str) -> Path | None:

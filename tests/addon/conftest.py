@@ -1,15 +1,30 @@
 """An empty Blender scene for each test, and what the tests measure in it."""
 
 import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tomllib
 
 bpy = pytest.importorskip("bpy", reason="Blender's Python module isn't installed")
 
+from track4d_protocol.client import Client  # noqa: E402
+from track4d_protocol.errors import TransportError  # noqa: E402
+from track4d_protocol.keys import read_connection  # noqa: E402
 from track4d_protocol.messages import Result  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -183,3 +198,120 @@ def load(asset: Callable) -> Callable[[str], list]:
     from track4d_addon import scene_io
 
     return lambda name: scene_io.load(asset(name))[0]
+
+
+# Blender with the extension, and a server
+
+
+def load_module(path: Path):
+    spec = spec_from_file_location(path.stem, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def builder():
+    return load_module(ROOT / "tools" / "build_extension.py")
+
+
+@pytest.fixture(scope="session")
+def tool(builder):
+    """Blender's own tool for extensions, as a module."""
+    return load_module(builder.blender_tool())
+
+
+@pytest.fixture(scope="session")
+def archive() -> Path:
+    """The zip that `make extension` gives."""
+    done = subprocess.run([sys.executable, ROOT / "tools" / "build_extension.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    version = tomllib.loads((ROOT / "blender_manifest.toml").read_text("utf-8"))["version"]
+    return ROOT / "dist" / f"track4d-{version}.zip"
+
+
+@pytest.fixture
+def blender(archive, tmp_path):
+    """blender(scenario, **arguments) runs a scenario of session.py, or of `script`, in a Blender with an empty user folder."""
+
+    def command(scenario: str, script: str = "session.py", **arguments) -> tuple[list[str], dict[str, str]]:
+        environment = os.environ | {
+            "BLENDER_USER_RESOURCES": str(tmp_path / "blender"),
+            "TRACK4D_HOME": str(tmp_path / "no server"),
+        }
+        arguments = {"archive": str(archive)} | {k: str(v) for k, v in arguments.items()}
+        return [sys.executable, str(HERE / script), scenario, json.dumps(arguments)], environment
+
+    def run(scenario: str, **arguments) -> dict:
+        line, environment = command(scenario, **arguments)
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    run.command = command
+    return run
+
+
+class TestServer:
+    """A server process in a home of its own, with the tiny work."""
+
+    __test__ = False
+
+    def __init__(self, home: Path, work: str = "tiny_work:run") -> None:
+        self.home, self.connection, self.work = home, home / "connection.json", work
+        self.start()
+
+    def start(self) -> None:
+        code = "import sys, pathlib, track4d.service as s; s.serve(pathlib.Path(sys.argv[1]), work=sys.argv[2])"
+        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        self.home.mkdir(exist_ok=True)
+        self.log = open(self.home / "test.log", "ab")  # noqa: SIM115 - closed in `stop`
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(self.home), self.work], env=environment, stdout=self.log, stderr=self.log
+        )
+        end = time.monotonic() + 30
+        while True:
+            try:
+                with Client(read_connection(self.connection), timeout=1.0) as client:
+                    client.hello()
+                return
+            except TransportError:
+                assert self.process.poll() is None and time.monotonic() < end, (self.home / "test.log").read_text()
+                time.sleep(0.1)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def job(self, job_id: str):
+        with Client(read_connection(self.connection)) as client:
+            return next(job for job in client.jobs() if job.id == job_id)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self.log.close()
+
+
+@pytest.fixture
+def server(tmp_path):
+    running = TestServer(tmp_path / "home")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def server_of(tmp_path):
+    """server_of("module:function") is a server that does this work."""
+    running: list[TestServer] = []
+
+    def start(work: str) -> TestServer:
+        running.append(TestServer(tmp_path / f"home {len(running)}", work))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.stop()

@@ -2,128 +2,28 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 import zipfile
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import tomllib
 from track4d_protocol import __version__
-from track4d_protocol.client import Client
-from track4d_protocol.errors import TransportError
 from track4d_protocol.keys import read_connection
 from track4d_protocol.local import stop_server
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
 MANIFEST = tomllib.loads((ROOT / "blender_manifest.toml").read_text("utf-8"))
 
 
-def load(path: Path):
-    spec = spec_from_file_location(path.stem, path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def builder():
-    return load(ROOT / "tools" / "build_extension.py")
-
-
-@pytest.fixture(scope="session")
-def archive() -> Path:
-    """The zip that `make extension` gives."""
-    done = subprocess.run([sys.executable, ROOT / "tools" / "build_extension.py"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return ROOT / "dist" / f"track4d-{MANIFEST['version']}.zip"
-
-
-@pytest.fixture
-def blender(archive, tmp_path):
-    """blender(scenario, **arguments) runs a scenario of session.py in a Blender with an empty user folder."""
-
-    def command(scenario: str, **arguments) -> tuple[list[str], dict[str, str]]:
-        environment = os.environ | {
-            "BLENDER_USER_RESOURCES": str(tmp_path / "blender"),
-            "TRACK4D_HOME": str(tmp_path / "no server"),
-        }
-        arguments = {"archive": str(archive)} | {k: str(v) for k, v in arguments.items()}
-        return [sys.executable, str(HERE / "session.py"), scenario, json.dumps(arguments)], environment
-
-    def run(scenario: str, **arguments) -> dict:
-        line, environment = command(scenario, **arguments)
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-        return json.loads(done.stdout.strip().splitlines()[-1])
-
-    run.command = command
-    return run
-
-
-class TestServer:
-    """A server process in a home of its own, with the tiny work."""
-
-    __test__ = False
-
-    def __init__(self, home: Path, work: str = "tiny_work:run") -> None:
-        self.home, self.connection, self.work = home, home / "connection.json", work
-        self.start()
-
-    def start(self) -> None:
-        code = "import sys, pathlib, track4d.service as s; s.serve(pathlib.Path(sys.argv[1]), work=sys.argv[2])"
-        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-        self.home.mkdir(exist_ok=True)
-        self.log = open(self.home / "test.log", "ab")  # noqa: SIM115 - closed in `stop`
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, str(self.home), self.work], env=environment, stdout=self.log, stderr=self.log
-        )
-        end = time.monotonic() + 30
-        while True:
-            try:
-                with Client(read_connection(self.connection), timeout=1.0) as client:
-                    client.hello()
-                return
-            except TransportError:
-                assert self.process.poll() is None and time.monotonic() < end, (self.home / "test.log").read_text()
-                time.sleep(0.1)
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def job(self, job_id: str):
-        with Client(read_connection(self.connection)) as client:
-            return next(job for job in client.jobs() if job.id == job_id)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        self.log.close()
-
-
-@pytest.fixture
-def server(tmp_path):
-    running = TestServer(tmp_path / "home")
-    yield running
-    running.stop()
-
-
-def test_blender_accepts_the_wheels_on_both_of_its_pythons(builder):
-    tool = load(builder.blender_tool())
+def test_blender_accepts_the_wheels_on_both_of_its_pythons(tool):
     assert tool.python_versions_from_wheels(MANIFEST["wheels"]) == {(3, 11), (3, 13)}
 
 
 @pytest.mark.parametrize("platform", MANIFEST["platforms"])
-def test_every_platform_has_one_wheel_of_each_package_for_each_python(builder, platform):
-    tool = load(builder.blender_tool())
+def test_every_platform_has_one_wheel_of_each_package_for_each_python(builder, tool, platform):
     wheels = [builder.Wheel.parse(w) for w in tool.paths_filter_wheels_by_platform(MANIFEST["wheels"], platform)]
     found = sorted((w.name, w.python) for w in wheels)
     assert found == [
@@ -250,16 +150,14 @@ def test_a_failed_job_leaves_a_sentence_and_a_working_panel(blender, server):
     assert read_connection(server.connection).secret_key.decode() not in answer["report"]
 
 
-def test_without_a_server_the_panel_offers_to_start_it(blender):
-    assert blender("no_server") == {"code": "server_not_running", "fix": True}
+def test_without_a_server_the_panel_offers_to_set_one_up_or_to_start_it(blender):
+    assert blender("no_server") == {"code": "server_python_missing", "fix": True}
+    assert blender("no_server", python=sys.executable) == {"code": "server_not_running", "fix": True}
 
 
-def test_a_server_that_cannot_work_says_why(blender, tmp_path):
-    server = TestServer(tmp_path / "home", work="no_such_module:run")
-    try:
-        assert blender("no_server", connection=server.connection)["code"] == "worker_unusable"
-    finally:
-        server.stop()
+def test_a_server_that_cannot_work_says_why(blender, server_of):
+    connection = server_of("no_such_module:run").connection
+    assert blender("no_server", connection=connection)["code"] == "worker_unusable"
 
 
 def test_switching_off_leaves_nothing(blender):
