@@ -4,8 +4,8 @@
 
 Every asset is animated from its rest pose by every verb that it has a clip of. A sample counts as the verb of the clip that
 is nearest to it at the clip's best phase and speed, in two senses: by the angle between both motions (all vertices about
-their own mean over time, whatever the size: is it that kind of motion?), and by their mean distance (which favours small ones: to one
-that is not quite in step, standing still is nearer).
+their own mean over time, whatever the size: is it that kind of motion?), and by their mean distance (which favours small
+motions: to one that is not quite in step, standing still is nearer).
 """
 
 from __future__ import annotations
