@@ -26,7 +26,7 @@ from .checkpoint import Run
 from .field import BLOCK, HybridField, MotionField
 from .footage import Footage
 from .hexplane import PAPER_PLANES, HexPlaneSize
-from .hybrid_features import WIDTH, hybrid_features, reduced_planes
+from .hybrid_features import WIDTH, hybrid_features, reduced_planes, visible_by_rays
 from .losses import (
     edges_within,
     isometry_loss,
@@ -238,9 +238,10 @@ class _Scene:
 
     def read_features(self, features: Tensor) -> None:
         """Hybrid features of all vertices, read where the registration has them."""
-        seen = torch.stack([self._visible(self.field.vertices[f:f + 1], self.places[f:f + 1])[0]
-                            for f in range(self.footage.frames)])  # [F, V, M]
-        self.diffusion = hybrid_features(reduced_planes(features), self.places, seen, self.viewmats, self.Ks, self.footage.size)
+        footage = self.footage
+        seen = visible_by_rays(self.field.vertices, self.mesh.faces, self.places.numpy(), footage.viewmats)  # [F, V, M]
+        self.diffusion = hybrid_features(reduced_planes(features), self.places, torch.from_numpy(seen), self.viewmats, self.Ks,
+                                         footage.size)
 
     def _visible(self, vertices: np.ndarray, points: Tensor) -> Tensor:
         """Which points [F, P, 3] are visible when the mesh has these vertices [F, N, 3]; [F, V, P] bool."""
