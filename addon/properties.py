@@ -39,8 +39,8 @@ COLORS = (
     ("FIXED", "From Where the Camera Is Now", "The colours are those seen along the camera's present direction, from everywhere"),
 )
 REMEMBERED = (
-    "prompt", "seed", "frames", "preset", "front", "strength", "loop", "keep_root", "pin_group", "output", "source", "view_front",
-    "view_left", "view_back", "view_right",
+    "prompt", "seed", "frames", "preset", "front", "strength", "loop", "keep_root", "pin_group", "output", "cloud_colors",
+    "source", "view_front", "view_left", "view_back", "view_right",
 )  # fmt: skip
 
 

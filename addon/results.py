@@ -43,13 +43,15 @@ def put(job_id: str, seen: Snapshot, result: Result, order: Order, model: str) -
     sibling = _shown_sibling(objects[0], order.batch)
     settings = result.report.get("settings", {}) | order.settings
     scenes = [*objects[0].users_scene, bpy.context.scene]
-    made = apply.shape_keys(seen, result, frame_start=scenes[0].frame_start, take=job_id)
+    kind, start = settings.get("output", "shape_keys"), scenes[0].frame_start
+    made = apply.apply(seen, result, kind, frame_start=start, take=job_id, direction=_direction(seen, settings))
     record = {
         "prompt": str(result.report.get("prompt", "")),
         "title": str(settings.get("title") or result.report.get("prompt", "")),
         "seed": int(result.report.get("seed", settings.get("seed", 0))),
         "model": str(result.report.get("model", model)),
         "settings": settings,
+        "objects": made["objects"],
         "batch": order.batch,
         "made": time.time(),
         "frames": [made["frame_start"], made["frame_end"]],
@@ -73,14 +75,30 @@ def _shown_sibling(obj: bpy.types.Object, batch: str) -> str:
     return take if batch and marks.history(obj).get(take, {}).get("batch") == batch else ""
 
 
+def _direction(seen: Snapshot, settings: dict[str, Any]) -> list[float] | None:
+    """For colours that don't change with the camera: where the scene's camera looks now, in the cloud's own space."""
+    camera = bpy.context.scene.camera
+    if settings.get("cloud_colors") != "FIXED" or camera is None:
+        return None
+    x, y, z = camera.matrix_world.to_3x3().col[2]
+    return [float(value) for value in seen.to_world[:3, :3].T @ (-x, -y, -z)]
+
+
+def subject(obj: bpy.types.Object | None) -> bpy.types.Object | None:
+    """The object whose history is meant: of a Gaussian cloud, the one it was made for."""
+    return obj.parent if obj is not None and marks.CLOUD in obj else obj
+
+
 def shown_take(obj: bpy.types.Object) -> str:
     """The take that moves an object; "" without one."""
-    return marks.shown(obj.data.shape_keys) if obj.type == "MESH" else ""
+    return marks.read(obj).get("shown", "")
 
 
-def owners(take: str) -> list[bpy.types.Object]:
-    """All objects that a take was made for."""
-    return [obj for obj in bpy.data.objects if take in marks.history(obj)]
+def owners(obj: bpy.types.Object, take: str) -> list[bpy.types.Object]:
+    """The object and those that a take has animated together with it; a later copy of it isn't one of them."""
+    names = marks.history(obj)[take].get("objects", [])
+    others = [bpy.data.objects.get(name) for name in names] if obj.name in names else []
+    return [obj, *(other for other in others if other not in (None, obj) and take in marks.history(other))]
 
 
 def next_seed(records: Sequence[dict[str, Any]], like: dict[str, Any]) -> int:

@@ -209,26 +209,31 @@ def _places(copies: PlainCopies, from_world: np.ndarray) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 
+def _go_to(scene: bpy.types.Scene, frame: int, subframe: float) -> None:
+    scene.frame_current, scene.frame_subframe = frame, subframe
+    scene.view_layers[0].update()
+
+
 @contextmanager
 def _moment(names: Sequence[str], time: float) -> Iterator[PlainCopies]:
     """Copies of objects as they are at another time, in a temporary scene; the user's scene stays where it is."""
     scene = bpy.data.scenes.new(".Track4D")
     copies = PlainCopies(scene, [], [scene])
     try:
-        scene.frame_current, scene.frame_subframe = int(time // 1), float(time % 1)
         objects = [bpy.data.objects.get(name) for name in names]
         if None in objects:
             raise InputError("no_source_object", "The source of the motion was removed.", "Undo that, or choose another.")
         for obj in objects:
             scene.collection.objects.link(obj)
         layer = scene.view_layers[0]
-        layer.update()
+        _go_to(scene, int(time // 1), float(time % 1))
         for obj in objects:
             evaluated = obj.evaluated_get(layer.depsgraph)
             mesh = bpy.data.meshes.new_from_object(evaluated, preserve_all_data_layers=True, depsgraph=layer.depsgraph)
             copies.temporary.append(mesh)
             matrix_world = np.array(evaluated.matrix_world, np.float64)
             copies.items.append(PlainCopy(obj, mesh, positions(mesh), matrix_world, None))
+        _go_to(scene, bpy.context.scene.frame_current, bpy.context.scene.frame_subframe)  # it has animated the originals too
         for obj in objects:
             scene.collection.objects.unlink(obj)
         yield copies

@@ -19,11 +19,11 @@ from typing import Any
 import bpy
 
 START = """
-import time, bpy, sys
+import time, bpy
 cpu, wall = time.process_time(), time.perf_counter()
 import track4d_addon
 track4d_addon.register()
-print((time.process_time() - cpu) * 1e3, (time.perf_counter() - wall) * 1e3, "numpy" in sys.modules)
+print((time.process_time() - cpu) * 1e3, (time.perf_counter() - wall) * 1e3)
 """
 
 
@@ -42,10 +42,8 @@ class Layout:
 
 
 def context(obj: bpy.types.Object | None) -> Any:
-    return SimpleNamespace(
-        scene=bpy.context.scene, object=obj, region=SimpleNamespace(width=320), preferences=bpy.context.preferences, mode="OBJECT",
-        selected_objects=[obj] if obj else [],
-    )  # fmt: skip
+    region = SimpleNamespace(width=320)
+    return SimpleNamespace(scene=bpy.context.scene, object=obj, region=region, preferences=bpy.context.preferences)
 
 
 def states(jobs: Any, marks: Any) -> dict[str, tuple[Any, bpy.types.Object | None]]:
@@ -73,10 +71,12 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=5)
     arguments = parser.parse_args()
 
-    found = [subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True) for _ in range(arguments.starts)]
-    lines = [run.stdout.strip().splitlines()[-1].split() for run in found]
+    command = [sys.executable, "-c", START]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(arguments.starts)]
+    lines = [run.stdout.strip().splitlines()[-1].split() for run in runs]
     cpu, wall = (statistics.median(float(line[k]) for line in lines) for k in (0, 1))
-    print(f"Blender {bpy.app.version_string}, registering, median of {arguments.starts} fresh processes: {cpu:.0f} ms CPU, {wall:.0f} ms")
+    print(f"Blender {bpy.app.version_string}: registering takes {cpu:.0f} ms CPU, {wall:.0f} ms in all "
+          f"(median of {arguments.starts} fresh processes)\n")  # fmt: skip
 
     import track4d_addon
     from track4d_addon import jobs, marks, panels

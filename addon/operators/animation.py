@@ -17,6 +17,18 @@ def refused(operator: bpy.types.Operator, error: Track4DError) -> set[str]:
     return {"CANCELLED"}
 
 
+def start(context: bpy.types.Context, objects: list[bpy.types.Object], variations: int = 1) -> None:
+    """Begins an animation with the scene's settings.
+
+    Raises:
+        InputError: see `jobs.start` and `apply.check_kind`.
+    """
+    from ..apply import check_kind
+
+    check_kind(context.scene.track4d.output)
+    jobs.start(context, objects, variations)
+
+
 class TRACK4D_OT_animate(bpy.types.Operator):
     bl_idname = "track4d.animate"
     bl_label = "Animate"
@@ -45,8 +57,8 @@ class TRACK4D_OT_animate(bpy.types.Operator):
         try:
             if settings.source == "PROMPT" and not settings.prompt.strip():
                 raise InputError("empty_prompt", "The prompt is empty.", 'Say what happens, for example "the fox is running".')
-            chosen = context.selected_objects
-            jobs.start(context, [o for o in chosen if o.type == "MESH"] or chosen, self.variations)
+            chosen = [obj for obj in context.selected_objects if marks.CLOUD not in obj]
+            start(context, [obj for obj in chosen if obj.type == "MESH"] or chosen, self.variations)
         except Track4DError as error:
             return refused(self, error)
         if settings.source == "PROMPT":

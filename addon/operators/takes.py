@@ -9,7 +9,7 @@ from track4d_protocol.errors import Track4DError
 
 from .. import jobs, marks, results
 from ..properties import OUTPUTS
-from .animation import refused
+from .animation import refused, start
 
 
 class _TakeOperator:
@@ -22,16 +22,21 @@ class _TakeOperator:
         if context.mode != "OBJECT":
             cls.poll_message_set("Leave edit mode first")
             return False
-        if not marks.history(context.object):
+        if not marks.history(results.subject(context.object)):
             cls.poll_message_set("Select an object that Track4D has animated")
             return False
         return True
 
     def record(self, context: bpy.types.Context) -> dict[str, Any]:
         """What the active object remembers of the take; the one that is shown, where none was named."""
-        records = marks.history(context.object)
-        self.take = self.take or results.shown_take(context.object)
-        return records.get(self.take) or next(reversed(records.values()))
+        obj = results.subject(context.object)
+        self.take = self.take or results.shown_take(obj)
+        return marks.history(obj)[self.take]
+
+    def owners(self, context: bpy.types.Context) -> list[bpy.types.Object]:
+        """The active object, and what was animated together with it."""
+        self.record(context)
+        return results.owners(results.subject(context.object), self.take)
 
 
 class TRACK4D_OT_show_take(_TakeOperator, bpy.types.Operator):
@@ -40,11 +45,11 @@ class TRACK4D_OT_show_take(_TakeOperator, bpy.types.Operator):
     bl_description = "Let this result move the object; the others stay in the list"
     bl_options = {"REGISTER", "UNDO"}
 
-    def execute(self, _context: bpy.types.Context) -> set[str]:
+    def execute(self, context: bpy.types.Context) -> set[str]:
         from .. import apply
 
         try:
-            apply.show(results.owners(self.take), self.take)
+            apply.show(self.owners(context), self.take)
         except Track4DError as error:
             return refused(self, error)
         return {"FINISHED"}
@@ -56,10 +61,10 @@ class TRACK4D_OT_remove_take(_TakeOperator, bpy.types.Operator):
     bl_description = "Take this result off the object; the others stay"
     bl_options = {"REGISTER", "UNDO"}
 
-    def execute(self, _context: bpy.types.Context) -> set[str]:
+    def execute(self, context: bpy.types.Context) -> set[str]:
         from .. import apply
 
-        owners = results.owners(self.take)
+        owners = self.owners(context)
         try:
             apply.remove(owners, self.take)
         except Track4DError as error:
@@ -90,9 +95,9 @@ class TRACK4D_OT_again(_TakeOperator, bpy.types.Operator):
         record, settings = self.record(context), context.scene.track4d
         settings.use(record.get("settings", {}))
         running = [{"title": job.prompt, "seed": job.order.settings.get("seed", 0)} for job in jobs.state.active.values()]
-        settings.seed = results.next_seed([*marks.history(context.object).values(), *running], record)
+        settings.seed = results.next_seed([*marks.history(results.subject(context.object)).values(), *running], record)
         try:
-            jobs.start(context, results.owners(self.take) or [context.object])
+            start(context, self.owners(context))
         except Track4DError as error:
             return refused(self, error)
         return {"FINISHED"}
@@ -107,9 +112,12 @@ class TRACK4D_OT_output_as(_TakeOperator, bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> set[str]:
         record = self.record(context)
+        from ..apply import check_kind
+
         order = jobs.Order(record.get("settings", {}) | {"output": self.output}, record.get("batch", ""))
         try:
-            jobs.fetch_again(context, self.take, results.owners(self.take), order)
+            check_kind(self.output)
+            jobs.fetch_again(context, self.take, self.owners(context), order)
         except Track4DError as error:
             return refused(self, error)
         return {"FINISHED"}
