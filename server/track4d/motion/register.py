@@ -441,7 +441,9 @@ class Registration:
         if not coarse and matched.any():
             self.misses[frame] = float(np.median(np.linalg.norm(flow.uv - look.uv, axis=2)[matched])) / self.footage.unit
         targets = [flow, *self.pulls(look, frame, outliers, matched)]
-        return self.solve(pose, targets, rigidity * (1.0 if coarse else self.caution(frame)), places, outliers, anchor)
+        if not coarse and places is None:
+            rigidity *= self.caution(frame)
+        return self.solve(pose, targets, rigidity, places, outliers, anchor)
 
     def caution(self, frame: int) -> float:
         """How much stiffer the surface is in a frame because the frames before missed the video: factor from 1 on."""
