@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from track4d.training import data
+from track4d.training.actions import draw_action
 from track4d.training.clips import draw_clip, load_clips
 from track4d.training.motion import TrainingSettings, train
 from track4d.training.objects import PLANS, make_object
-from track4d.training.verbs import Action, animate, draw_action, mirrored
+from track4d.training.verbs import Action, animate, mirrored
 from track4d.video.diffusion import BASIS_FRAMES, frame_times, log_snr, temporal_basis
 from track4d.video.generator import MotionGenerator
 from track4d.video.motion_unet import MotionUNet, UNetConfig

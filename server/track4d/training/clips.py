@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ..video.text import SPEEDS, VERB_NAMES
+from .actions import draw_action, draw_prompt
 from .objects import ProceduralObject, light, paint
-from .verbs import Action, animate, draw_action, draw_prompt
+from .verbs import Action, animate
 
 # Cycles of the dominant rhythm in a 16-frame clip at speed 1: those of the procedural verbs, so that both agree.
 _RHYTHM = {"walk": 1.0, "run": 2.0, "fly": 2.0, "swim": 1.5, "nod": 2.0, "wave": 2.0, "bounce": 2.0}

@@ -17,9 +17,10 @@ from track4d_protocol import space
 from ..video.diffusion import BASE_GRID, BASIS_FRAMES, LATENT_SCALE, frame_times, temporal_basis
 from ..video.maps import condition, surface_maps
 from ..video.text import tokenise
+from .actions import NOUNS, draw_action, draw_prompt, draw_verb
 from .clips import ClipObject, draw_clip
 from .objects import ProceduralObject, make_object
-from .verbs import NOUNS, Action, animate, draw_action, draw_prompt, draw_verb
+from .verbs import Action, animate
 
 REAL_SHARE = 0.3
 ACTIONS_PER_OBJECT = 4  # making and drawing an object costs more than moving it

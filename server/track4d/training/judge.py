@@ -13,8 +13,9 @@ from ..geometry.mesh import Mesh
 from ..video.diffusion import BASIS_FRAMES, frame_times
 from ..video.generator import GUIDANCE, STEPS, MotionGenerator
 from ..video.text import VERBS
+from .actions import draw_action, suits
 from .objects import ProceduralObject, make_object
-from .verbs import Action, animate, draw_action, suits
+from .verbs import Action, animate
 
 SIZE = 32  # of the pictures that are compared
 CAPTURE = 128  # of the static views

@@ -25,8 +25,9 @@ from ..geometry import zbuffer
 from ..geometry.mesh import Mesh
 from ..parallel import KERNEL_LOCK
 from ..video.diffusion import frame_times
+from .actions import NOUNS, draw_action, draw_prompt, draw_verb
 from .objects import make_object
-from .verbs import NOUNS, animate, draw_action, draw_prompt, draw_verb
+from .verbs import animate
 
 GRID = 15  # queries along each side of a view's first frame (Track4DGen, section 3.2)
 POINTS = 8  # of them per view in a training step (same section)
