@@ -375,3 +375,19 @@ def test_an_export_that_fails_keeps_the_old_file(kit, tmp_path, monkeypatch) -> 
         export.export([kit.make_cone()], path)
     assert caught.value.code == "export_failed" and "the disk is full" in caught.value.message
     assert [p.name for p in tmp_path.iterdir()] == ["cone.glb"] and path.read_bytes() == b"precious"
+
+
+def test_only_the_shown_take_is_written(kit, tmp_path) -> None:
+    """A .glb has one clip, that of the result which the object shows."""
+    cone = kit.make_cone()
+    seen = capture.snapshot([cone])
+    results = {f"take {n}": kit.wave(seen.vertices, 5 + n, f"way {n}") for n in range(3)}
+    for take, result in results.items():
+        apply.shape_keys(seen, result, take=take)
+    apply.show([cone], "take 1")
+    path = tmp_path / "cone.glb"
+    export.export([cone], path)
+    bpy.ops.wm.read_factory_settings(use_empty=True)
+    bpy.ops.import_scene.gltf(filepath=str(path))
+    (found,) = [obj for obj in bpy.data.objects if obj.type == "MESH"]
+    assert [action.name for action in bpy.data.actions] == ["Track4D: way 1"] and len(found.data.shape_keys.key_blocks) == 7
