@@ -1,0 +1,281 @@
+"""Scenarios about running jobs, for a Blender of their own; see session.py."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import bpy
+import session
+from session import add_monkey, addon, install, monkey, pump, shape, use_server
+
+SIMPLE = {"BOOLEAN", "INT", "FLOAT", "STRING", "ENUM"}
+SKIPPED = {"window_managers", "screens", "workspaces"}
+
+
+def live():
+    from bl_ext.user_default.track4d import live_motion
+
+    return live_motion
+
+
+def fingerprint() -> dict[str, object]:
+    """Every data-block of the file with everything in it: all properties, custom properties, points, keys and users."""
+    _look()  # reading makes some custom properties, which would be news the second time
+    return _look()
+
+
+def _look() -> dict[str, object]:
+    found: dict[str, object] = {}
+    for collection in (p.identifier for p in bpy.data.bl_rna.properties if p.type == "COLLECTION"):
+        if collection not in SKIPPED:
+            for block in getattr(bpy.data, collection):
+                _read(block, f"{collection}[{block.name!r}]", found, 0)
+    return found
+
+
+def _read(item, path: str, found: dict, depth: int) -> None:
+    if isinstance(item, (bpy.types.ID, bpy.types.PropertyGroup)):
+        for key in item.keys():
+            found[f"{path}[{key!r}]"] = str(item[key])
+    for entry in item.bl_rna.properties:
+        name = entry.identifier
+        if name in ("rna_type", "is_evaluated", "preview", "batch_remove", "session_uid") or depth > 4:
+            continue
+        value = getattr(item, name, None)
+        if entry.type in SIMPLE:
+            found[f"{path}.{name}"] = tuple(map(str, value)) if getattr(entry, "is_array", False) else str(value)
+        elif value is None or isinstance(value, bpy.types.ID):
+            found[f"{path}.{name}"] = value and value.name_full
+        elif entry.type == "POINTER":
+            _read(value, f"{path}.{name}", found, depth + 1)
+        elif entry.type == "COLLECTION":
+            found[f"{path}.{name}"] = len(value)
+            for number, part in enumerate(value):
+                if isinstance(part, bpy.types.ID):
+                    found[f"{path}.{name}[{number}]"] = part.name_full
+                elif number < 600:
+                    _read(part, f"{path}.{name}[{number}]", found, depth + 1)
+
+
+def difference(before: dict, after: dict) -> list[str]:
+    return [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)][:20]
+
+
+def cancel_at_many_moments(archive: str, blend: str, **server) -> dict:
+    """Cancel at the click, between two views, when it was sent, while it runs, and while its motion is shown."""
+    install(archive)
+    use_server(**server)
+    jobs, previews = addon()
+    obj = monkey()
+    bpy.context.scene.track4d.prompt = "the monkey nods very slowly"
+
+    def moving() -> bool:
+        return any(keys.key_blocks.get(live().NAME) for keys in bpy.data.shape_keys)
+
+    moments = {
+        "click": lambda job: True,
+        "view": lambda job: job.phase is jobs.Phase.CAPTURING and job.step >= 2,
+        "sent": lambda job: job.phase is not jobs.Phase.CAPTURING,
+        "running": lambda job: job.phase is jobs.Phase.RUNNING,
+        "moving": lambda job: moving(),
+    }
+    before, answer = fingerprint(), {}
+    for name, come in moments.items():
+        bpy.ops.track4d.animate()
+        (job,) = jobs.state.active.values()
+        reached = come(job) if name == "click" else pump(lambda come=come, job=job: come(job), 60)
+        if name == "moving":
+            film = previews._films.get(job.id)
+            answer["film"] = film is not None and list(film.shape)
+            answer["moves"] = max(abs(p.co[2] - v.co[2]) for p, v in zip(temporary(obj).points, obj.data.vertices))
+            answer["file"] = saves_without(blend)
+            jobs.tick()
+        start = time.monotonic()
+        bpy.ops.track4d.cancel(job_id=job.id)
+        idle = not jobs.state.active
+        answer[name] = [bool(reached), idle, time.monotonic() - start, difference(before, fingerprint())]
+        pump(lambda: False, 0.3)
+        answer[name][3] += difference(before, fingerprint())
+    answer["pictures"] = len(previews._pictures or ()) + len(previews._films)
+    return answer
+
+
+def temporary(obj: bpy.types.Object):
+    return obj.data.shape_keys.key_blocks[live().NAME]
+
+
+def saves_without(blend: str) -> bool:
+    """Whether a file that is saved while the motion is shown knows nothing of it."""
+    bpy.ops.wm.save_as_mainfile(filepath=blend, compress=False, copy=True)
+    content = Path(blend).read_bytes()
+    return live().NAME.encode() not in content and live().MARK.encode() not in content
+
+
+def motion_among_the_users_own(archive: str, blend: str, **server) -> dict:
+    """The temporary key beside the user's keys, in edit mode, on a duplicate, and in a file that was saved without asking us."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    obj = monkey()
+    obj.shape_key_add(name="Basis", from_mix=False)
+    obj.shape_key_add(name="smile", from_mix=False).value = 0.5
+    obj.active_shape_key_index = 1
+    before = fingerprint()
+    bpy.context.scene.track4d.prompt = "the monkey nods slowly"
+    bpy.ops.track4d.animate()
+    shown = pump(lambda: live().NAME in obj.data.shape_keys.key_blocks, 60)
+    evaluated = obj.evaluated_get(bpy.context.evaluated_depsgraph_get()).data
+    moved = max(abs(a.co[2] - b.co[2]) for a, b in zip(evaluated.vertices, obj.data.vertices))
+    bpy.ops.object.mode_set(mode="EDIT")
+    edited = saves_without(blend)
+    bpy.ops.object.mode_set(mode="OBJECT")
+    pump(lambda: live().NAME in obj.data.shape_keys.key_blocks, 5)
+    bpy.ops.object.duplicate()
+    copy = bpy.context.object
+    handlers, bpy.app.handlers.save_pre[:] = list(bpy.app.handlers.save_pre), []  # as Blender's automatic saving does
+    bpy.ops.wm.save_as_mainfile(filepath=blend, compress=False, copy=True)
+    bpy.app.handlers.save_pre[:] = handlers
+    automatic = live().NAME.encode() in Path(blend).read_bytes()
+    for job_id in list(jobs.state.active):
+        bpy.ops.track4d.cancel(job_id=job_id)
+    duplicate = [block.name for block in copy.data.shape_keys.key_blocks]
+    bpy.data.meshes.remove(copy.data)
+    same = difference(before, fingerprint())
+    bpy.ops.wm.open_mainfile(filepath=blend)
+    opened = {block.name for keys in bpy.data.shape_keys for block in keys.key_blocks}
+    return {"shown": shown, "moved": moved, "edited": edited, "automatic": automatic, "duplicate": duplicate,
+            "same": [key for key in same if "select" not in key and "active" not in key], "opened": sorted(opened)}  # fmt: skip
+
+
+def leave_several(archive: str, blend: str, **server) -> dict:
+    """Three objects, three jobs; quit when the server has them all."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    first, second, third = monkey(), add_monkey(), add_monkey()
+    for obj, prompt in ((first, "it nods"), (second, "it nods twice"), (third, "it nods very slowly")):
+        bpy.ops.object.select_all(action="DESELECT")
+        obj.select_set(True)
+        bpy.context.scene.track4d.prompt = prompt
+        bpy.ops.track4d.animate()
+    listed = [job.objects for job in jobs.state.active.values()]
+    sent = pump(lambda: all(j.phase.name not in ("CAPTURING", "SENDING") for j in jobs.state.active.values()))
+    lines = [line for line, _ in jobs.status()]
+    bpy.ops.wm.save_as_mainfile(filepath=blend)
+    return {"listed": listed, "sent": sent, "jobs": list(jobs.state.active), "lines": lines}
+
+
+def come_back_to_several(archive: str, blend: str, **server) -> dict:
+    """Two have finished meanwhile, one still runs: it is shown, and offered when it is done. Another file loses nothing."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    bpy.ops.wm.open_mainfile(filepath=blend)
+    jobs.wake(bpy.context)
+    pump(lambda: bool(jobs.state.finished) and bool(jobs.state.active), 30)
+    away = sorted(job.objects[0] for job in jobs.state.finished.values() if job.away)
+    again = [job.objects for job in jobs.state.active.values()]
+    orders = [bool(job.order.batch) for job in [*jobs.state.finished.values(), *jobs.state.active.values()]]
+    bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+    elsewhere = pump(lambda: len(jobs.state.finished) == 3 and not jobs.state.active, 60)
+    bpy.ops.wm.open_mainfile(filepath=blend)
+    for job_id in list(jobs.state.finished):
+        bpy.ops.track4d.apply_result(job_id=job_id)
+    pump(lambda: not jobs.state.active, 30)
+    keys = [shape(obj)["keys"] for obj in bpy.data.objects]
+    kept = sorted(p.name for p in jobs.folder().iterdir())
+    return {"away": away, "again": again, "orders": orders, "elsewhere": elsewhere, "keys": keys, "kept": kept,
+            "problem": str(jobs.state.problem or "")}  # fmt: skip
+
+
+def leave_unsent(archive: str, blend: str, **server) -> dict:
+    """The server is away: the request waits, and Blender is closed."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    monkey()
+    bpy.context.scene.track4d.prompt = "the monkey nods"
+    bpy.ops.track4d.animate()
+    (job,) = jobs.state.active.values()
+    sending = pump(lambda: job.phase is jobs.Phase.SENDING and any(jobs.folder().glob("*.request")), 30)
+    bpy.ops.wm.save_as_mainfile(filepath=blend)
+    return {"sending": sending, "job": job.id}
+
+
+def truth(archive: str, pid: int, wait_file: str, **server) -> dict:
+    """The first line while the server stops and goes on, is killed and comes back: after how many seconds it is true."""
+    install(archive)
+    use_server(**server)
+    jobs, _ = addon()
+    monkey()
+    jobs.wake(bpy.context)
+
+    def seconds(icon: str) -> float:
+        start = time.monotonic()
+        assert pump(lambda: jobs.status()[0][1] == icon, 30), jobs.status()
+        return time.monotonic() - start
+
+    seconds("CHECKMARK")
+    lines = [line for line, _ in jobs.status()]
+    pid = int(pid)
+    os.kill(pid, signal.SIGSTOP)
+    frozen = seconds("UNLINKED")
+    os.kill(pid, signal.SIGCONT)
+    thawed = seconds("CHECKMARK")
+    os.kill(pid, signal.SIGKILL)
+    killed = seconds("UNLINKED")
+    Path(wait_file).write_text("killed")
+    assert pump(lambda: Path(wait_file).read_text() == "back", 60)
+    return {"lines": lines, "frozen": frozen, "thawed": thawed, "killed": killed, "back": seconds("CHECKMARK")}
+
+
+def set_up(archive: str, home: str, **server) -> dict:
+    """Set up a server from a folder of wheels, with an interruption, and take it back."""
+    install(archive)
+    use_server(home=home, **server)
+    jobs, _ = addon()
+    from bl_ext.user_default.track4d import local_setup
+
+    bpy.context.preferences.system.use_online_access = False
+    home, answer = Path(home), {}
+    monkey()
+    jobs.wake(bpy.context)
+    pump(lambda: jobs.state.server_problem is not None, 20)
+    answer["first"] = [jobs.state.server_problem.code, home.exists()]
+    no_index = os.environ.pop("PIP_NO_INDEX")
+    answer["offline"] = [sorted(bpy.ops.track4d.set_up_server()), jobs.state.problem.code]
+    os.environ["PIP_NO_INDEX"] = no_index
+    bpy.ops.track4d.set_up_server()
+    assert pump(lambda: jobs.state.setup.step == 1, 30), jobs.state.setup
+    answer["busy"] = jobs.status()[0]
+    answer["twice"] = sorted(bpy.ops.track4d.set_up_server())
+    process = local_setup._processes[home]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    pump(lambda: not jobs.state.setup.busy, 10)
+    answer["killed"] = jobs.state.setup.state
+    bpy.ops.track4d.set_up_server()
+    pump(lambda: not jobs.state.setup.busy, 200)
+    chosen = bpy.context.preferences.addons[session.ID].preferences
+    answer["ready"] = [jobs.state.setup.state, jobs.state.setup.version, jobs.state.setup.text]
+    answer["python"] = chosen.source().python == str(local_setup.environment_python(home))
+    answer["log"] = "pip install" in (home / local_setup.LOG).read_text()
+    pump(lambda: jobs.state.server_problem is not None and jobs.state.server_problem.code != "server_python_missing", 30)
+    answer["started"] = jobs.state.server_problem.message
+    (home / "jobs").mkdir(exist_ok=True)
+    bpy.ops.track4d.remove_setup()
+    pump(lambda: not jobs.state.setup.busy, 60)
+    answer["removed"] = [jobs.state.setup.state, sorted(p.name for p in home.iterdir() if p.is_dir())]
+    bpy.ops.track4d.use_existing_server()
+    answer["existing"] = chosen.server
+    return answer
+
+
+if __name__ == "__main__":
+    scenario, arguments = sys.argv[1:3]
+    answer = globals()[scenario](**json.loads(arguments))
+    addon()[0].shut_down()
+    print(json.dumps(answer), flush=True)
