@@ -8,7 +8,7 @@ from track4d.cli import app
 from track4d.training import probe
 from track4d.training.probe import STANDING_STILL, centred, nearest, track_errors
 from track4d.training.video_data import ClipShape, Procedural
-from track4d.video.features import all_features, save_small, video_features
+from track4d.video.features import all_features, save_small, shipped_small, video_features
 from track4d.video.multiview_video import MultiViewVideo
 from track4d.video.unet import MultiViewUNet, UNetConfig
 from typer.testing import CliRunner
@@ -109,3 +109,12 @@ def test_probe_prints_its_table_and_draws_heat_maps(model, tmp_path):
     assert "up_blocks.1.motion_modules.1 *" in result.output and "best:" in result.output and STANDING_STILL in result.output
     drawn = cv2.imread(str(picture))
     assert drawn.shape[1] == 230 + 3 * 192 and drawn.shape[0] in (2 * 3 * 192, 2 * 4 * 192) and np.ptp(drawn) > 200
+
+
+def test_the_shipped_network_finds_points_of_objects_it_has_never_seen():
+    """Better than standing still does, which an untrained network is not; docs/results.md has the figures of more clips."""
+    shape = ClipShape(2, 8, 64)
+    clips = [Procedural(validation=True)(7, position, shape) for position in range(3)]
+    network = shipped_small()
+    scores, still = track_errors(network, clips, [network.unet.config.temporal_feature])
+    assert scores.error < still.error and scores.pck > 0.1
