@@ -188,7 +188,7 @@ def main() -> None:
         truth = load_truth(name, arguments.assets)
         video, viewmats, Ks = film(truth, arguments.degraded)
         cpu, wall = time.process_time(), time.perf_counter()
-        tracks = Tracks3D(truth.vertices, np.ones(len(truth.mesh.vertices))) if arguments.tracks else None
+        tracks = Tracks3D(truth.vertices, np.ones(len(truth.mesh.vertices)), exact=True) if arguments.tracks else None
         field = fit_motion(truth.mesh, video, viewmats, Ks, tracks=tracks, preset=PRESETS[arguments.preset], seed=arguments.seed)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         m = measure(truth, field.vertices)

@@ -23,7 +23,7 @@ from .register import COARSE, Look, Places, Pose, Registration
 
 LEAST_OVERLAP = 0.7  # intersection over union of the silhouettes in frame 0
 LEAST_PSNR = 12.0  # dB on the object in frame 0
-# What the fit takes at its peak, measured; bytes.
+# What the fit takes at its peak, estimated; bytes.
 STARTS = 2  # fitted side by side
 PIXEL_BYTES = 4 * 36 + 80  # of a view's picture while it is rendered: fragments at twice the size, colours, flow
 VERTEX_BYTES, TRIANGLE_BYTES = 1000, 500  # welding, edges, binding
@@ -39,8 +39,8 @@ class FitPreset:
         rounds: stiffness factor of each round of a frame; outlier tolerance falls with it.
         stiffness: weight of the as-rigid-as-possible energy at factor 1.
         steps: Gauss-Newton steps per round.
-        track_rounds, track_stiffness: the same where 3D tracks say where the surface goes. Stiffer, because tracks tear; the
-            stiffness grows further in frames whose edges would change too much.
+        track_rounds, track_stiffness: the same where 3D tracks say where the surface goes. Made-up tracks tear, so the stiffness
+            grows in frames whose edges would change too much; `exact_stiffness` is for tracks that don't.
     """
 
     nodes: int = 200
@@ -49,7 +49,8 @@ class FitPreset:
     stiffness: float = 20.0
     steps: int = 2
     track_rounds: tuple[float, ...] = (3, 1)
-    track_stiffness: float = 60.0
+    track_stiffness: float = 20.0
+    exact_stiffness: float = 0.3
 
 
 DEFAULT = FitPreset()
@@ -63,10 +64,12 @@ class Tracks3D:
     Attributes:
         positions: [F, N, 3] float32, canonical.
         confidence: [N] or [F, N] in 0..1; 0 = unknown.
+        exact: measured, not made up: the surface follows them however it stretches.
     """
 
     positions: np.ndarray
     confidence: np.ndarray
+    exact: bool = False
 
 
 def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, shading: np.ndarray | None = None,
@@ -106,7 +109,9 @@ def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarr
     surface = Mesh(mesh.vertices[first], welded[mesh.faces])
     nodes = build_nodes(surface, preset.nodes)
     report("fit", 0, total)
-    stiffness = preset.stiffness if tracks is None else preset.track_stiffness
+    stiffness = preset.stiffness
+    if tracks is not None:
+        stiffness = preset.exact_stiffness if tracks.exact else preset.track_stiffness
     registration = Registration(mesh, welded, nodes, footage, shading, preset.points, stiffness, preset.steps, seed)
     places = None if tracks is None else _sample_tracks(registration, tracks, footage.frames, len(mesh.vertices))
 
@@ -116,14 +121,15 @@ def fit_motion(mesh: Mesh, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarr
     cv2.setNumThreads(1)
     try:
         with threadpool_limits(1, "blas"):
-            return _follow(registration, preset.rounds if tracks is None else preset.track_rounds, places, total, report)
+            rounds = preset.rounds if tracks is None else preset.track_rounds
+            return _follow(registration, rounds, places, tracks is not None and not tracks.exact, total, report)
     finally:
         cv2.setNumThreads(threads)
 
 
-def _follow(registration: Registration, rounds: tuple[float, ...], places: list[Places] | None, total: int,
+def _follow(registration: Registration, rounds: tuple[float, ...], places: list[Places] | None, torn: bool, total: int,
             report: Report) -> MotionField:
-    """Fits one frame after the other, each from the extrapolated motion."""
+    """Fits one frame after the other, each from the extrapolated motion; `torn` places must not tear the surface."""
     footage, mesh = registration.footage, registration.mesh
     present = ~footage.lost.all(0)  # [F]
     pose = before = Pose.at_rest(registration.nodes)
@@ -155,7 +161,7 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
                     lambda start: registration.refine(start, frame, rigidity, tracked, anchor, each), starts))  # noqa: B023
                 done += 1
                 report("fit", done, total, _preview(look))
-            if tracked is not None:
+            if tracked is not None and torn:
                 starts = [registration.held_together(start, tracked) for start in starts]
             before, (pose, look) = pose, _better(registration, starts, frame, pool)
             poses.append(pose)
