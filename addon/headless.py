@@ -27,7 +27,7 @@ from track4d_protocol.local import ensure_server
 from track4d_protocol.messages import PRESETS, Job, JobState, Request, Result, Settings
 from track4d_protocol.space import FRONTS
 
-from .files import Staging, check_readable, check_writable
+from .files import SPLATS, Staging, check_readable, check_writable, suffix
 
 if TYPE_CHECKING:
     import bpy
@@ -124,15 +124,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--report", type=Path, help="write what was done as .json")
         command.add_argument("--preview", type=Path, help="write the moving views as .webp")
         command.add_argument("--sheet", type=Path, help="write the views over time as .png")
+        command.add_argument("--morph-normals", action="store_true", help="normals of the morph targets in .glb and .gltf")
         command.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     check_readable(options.file)
     if options.task == "animate" and not options.prompt.strip():
         raise InputError("empty_prompt", "The prompt is empty.", 'Say what happens, such as "the fox is running".')
     options.out = [check_writable(path) for path in options.out]
-    for name, suffix in (("report", ".json"), ("preview", ".webp"), ("sheet", ".png")):
+    for name, wanted in (("report", ".json"), ("preview", ".webp"), ("sheet", ".png")):
         if getattr(options, name):
-            setattr(options, name, check_writable(getattr(options, name), (suffix,)))
+            setattr(options, name, check_writable(getattr(options, name), (wanted,)))
     if options.preview or options.sheet:
         _require_pillow()
     return options
@@ -143,7 +144,7 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     rest, joined = list(arguments), []
     while rest:
         word = rest.pop(0)
-        takes_value = word.startswith("--") and "=" not in word and word not in ("--quiet", "--help")
+        takes_value = word.startswith("--") and "=" not in word and word not in ("--quiet", "--morph-normals", "--help")
         joined.append(f"{word}={rest.pop(0)}" if takes_value and rest else word)
     return joined
 
@@ -210,11 +211,11 @@ def _run(options: argparse.Namespace, session: Session) -> None:
         session.say(warning=warning)
     with Staging() as staging:
         with session.stage("apply"):
-            made = apply.shape_keys(seen, result)
+            made = apply.apply(seen, result)
             scene = bpy.context.scene
             scene.frame_start, scene.frame_end = made["frame_start"], int(made["frame_end"])
             scene.frame_set(scene.frame_start)
-        _write_files(options, session, objects, staging, result, [*warnings, *seen.warnings])
+        _write_files(options, session, seen, objects, staging, result, [*warnings, *seen.warnings])
         session.check()
         files = staging.commit()
     with suppress(TransportError), Client(ensure_server(options.home)) as client:  # the files are there in any case
@@ -310,17 +311,22 @@ def _cancel(client: Client, job_id: str) -> None:
 def _write_files(
     options: argparse.Namespace,
     session: Session,
+    seen: Snapshot,
     objects: list[bpy.types.Object],
     staging: Staging,
     result: Result,
     warnings: list[dict[str, str]],
 ) -> None:
-    from .export import write
+    from .apply.gaussian_cloud import placed, splats_of_result
+    from .export import write, write_splats
 
     with session.stage("export"):
         for done, path in enumerate(options.out):
             session.progress("export", done, len(options.out))
-            write(objects, staging.place(path))
+            if suffix(path) in SPLATS:
+                write_splats(placed(splats_of_result(result), seen.to_world), staging.place(path))
+            else:
+                write(objects, staging.place(path), options.morph_normals)
         session.progress("export", len(options.out), len(options.out))
         if options.preview:
             write_preview(result.arrays["video"], staging.place(options.preview))

@@ -39,30 +39,35 @@ dataset_app.command("render")(dataset_render)
 app.add_typer(dataset_app, name="dataset")
 console = Console(stderr=True, highlight=False)
 
-Outputs = Annotated[list[Path], typer.Option("-o", "--out", help="File to write (.glb .blend .fbx .usdc .abc); may be repeated.")]
+Outputs = Annotated[list[Path], typer.Option(
+    "-o", "--out", help="File to write; may be repeated. The mesh: .glb .gltf .blend .fbx .usdc .usd .abc .mdd .pc2 .obj (one a "
+    "frame). The Gaussians: .splats.glb .ply (one a frame) .t4d.")]
 Home = Annotated[Path | None, typer.Option(help="Folder of the server's jobs and keys.")]
 Frames = Annotated[int, typer.Option(help="Frames of the result.")]
 Seed = Annotated[int, typer.Option(help="Another seed, another motion.")]
 PresetName = Annotated[str, typer.Option("--preset", help="fast or default.")]
 Front = Annotated[str, typer.Option(help="The axis that the object faces: -Y, +Y, +X or -X.")]
 Extra = Annotated[Path | None, typer.Option()]
+Normals = Annotated[bool, typer.Option("--morph-normals", help="Normals of the morph targets too, in .glb and .gltf.")]
 
 
 @app.command()
 def animate(mesh: Path, out: Outputs, prompt: Annotated[str, typer.Option(help='What it does, such as "the fox is running".')],
             seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", home: Home = None,
-            preview: Extra = None, sheet: Extra = None, report: Extra = None) -> None:
+            preview: Extra = None, sheet: Extra = None, report: Extra = None, morph_normals: Normals = False) -> None:
     """Animate the mesh of a file by a sentence."""
-    blender_client("animate", mesh, ["--prompt", prompt], out, (seed, frames, preset, front), home, preview, sheet, report)
+    blender_client("animate", mesh, ["--prompt", prompt], out, (seed, frames, preset, front), home, preview, sheet, report,
+                   morph_normals)
 
 
 @app.command()
 def fit(mesh: Path, out: Outputs,
         video: Annotated[Path, typer.Option(help="Folder with view_0/, view_1/, ... and cameras.json.")],
         seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", home: Home = None,
-        preview: Extra = None, sheet: Extra = None, report: Extra = None) -> None:
+        preview: Extra = None, sheet: Extra = None, report: Extra = None, morph_normals: Normals = False) -> None:
     """Make the mesh of a file move as in a multi-view video."""
-    blender_client("fit", mesh, ["--video", str(video)], out, (seed, frames, preset, front), home, preview, sheet, report)
+    blender_client("fit", mesh, ["--video", str(video)], out, (seed, frames, preset, front), home, preview, sheet, report,
+                   morph_normals)
 
 
 @app.command()
@@ -128,7 +133,8 @@ def train_motion(out: Annotated[Path, typer.Option(help="Folder for checkpoints 
 
 
 def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], settings: tuple[int, int, str, str],
-                   home: Path | None, preview: Path | None, sheet: Path | None, report: Path | None) -> None:
+                   home: Path | None, preview: Path | None, sheet: Path | None, report: Path | None,
+                   morph_normals: bool = False) -> None:
     """Runs the client in its own process, where bpy lives, and draws its progress.
 
     Raises:
@@ -142,6 +148,7 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], sett
         command += ["--out", str(path)]
     for flag, value in (("--home", home), ("--preview", preview), ("--sheet", sheet), ("--report", report)):
         command += [flag, str(value)] if value else []
+    command += ["--morph-normals"] if morph_normals else []
     from .footprint import Footprint
 
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -150,10 +157,10 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], sett
     reader.start()
     with Footprint(client.pid, home) as footprint:
         try:
-            error, _ = draw(client)
+            error, done = draw(client)
         except KeyboardInterrupt:  # the client takes the job back from the server and says so
             client.terminate()
-            error, _ = draw(client)
+            error, done = draw(client)
         client.wait()
     reader.join(timeout=5)
     if error:
@@ -166,7 +173,7 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], sett
         content = json.loads(report.read_text())
         content["peak_memory_bytes"] = footprint.peak
         report.write_text(json.dumps(content, indent=1))
-    for path in [*out, *(p for p in (preview, sheet, report) if p)]:
+    for path in done.get("files", out):
         console.print(f"wrote {path}")
 
 

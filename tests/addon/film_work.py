@@ -11,8 +11,21 @@ def run(request: Request, report) -> Result:
     arrays, frames = request.arrays, request.settings.frames
     ramp = np.linspace(0, 255, frames).astype(np.uint8)[None, :, None, None, None]
     result.arrays["video"] = np.broadcast_to(ramp, (len(arrays["viewmats"]), frames, 48, 48, 3)).copy()
+    result.arrays |= gaussians(result.arrays["vertices"])
     result.report["arrived"] = {name: list(array.shape) for name, array in arrays.items()}
     if "video" in arrays:
         result.report["first_pixels"] = arrays["video"][:, :, 0, 0].tolist()  # [V, F, C]
         result.report["viewmats"] = arrays["viewmats"].tolist()
     return result
+
+
+def gaussians(vertices: np.ndarray) -> dict[str, np.ndarray]:
+    """One Gaussian on each of the first vertices, [F, N, 3]."""
+    frames, count = len(vertices), min(50, vertices.shape[1])
+    return {
+        "gaussian_means": vertices[:, :count],
+        "gaussian_quats": np.tile(np.float32([1, 0, 0, 0]), (frames, count, 1)),
+        "gaussian_scales": np.full((count, 3), 0.5, np.float32),
+        "gaussian_opacities": np.full(count, 0.75, np.float32),
+        "gaussian_colors": np.full((count, 3), 0.25, np.float32),
+    }

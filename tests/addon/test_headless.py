@@ -17,6 +17,7 @@ from track4d_protocol.client import Client
 from track4d_protocol.errors import InputError
 from track4d_protocol.keys import read_connection
 from track4d_protocol.space import canonical_similarity, intrinsics, orbit_viewmats
+from track4d_protocol.splat_files import read_ply, read_t4d
 
 HERE = Path(__file__).resolve().parent
 
@@ -59,7 +60,8 @@ def finish(process: subprocess.Popen) -> tuple[int, list[dict]]:
 
 
 def test_a_file_becomes_files(kit, asset, home, tmp_path) -> None:
-    out = {name: tmp_path / name for name in ("fox.glb", "fox.blend", "fox.webp", "sheet.png", "report.json")}
+    names = ("fox.glb", "fox.blend", "fox.pc2", "fox.t4d", "fox.splats.glb", "fox.ply", "fox.webp", "sheet.png", "report.json")
+    out = {name: tmp_path / name for name in names}
     code, lines = finish(
         client(
             "animate",
@@ -76,8 +78,8 @@ def test_a_file_becomes_files(kit, asset, home, tmp_path) -> None:
             home,
             "--out",
             out["fox.glb"],
-            "--out",
-            out["fox.blend"],
+            *(word for name in names[1:6] for word in ("--out", out[name])),
+            "--morph-normals",
             "--preview",
             out["fox.webp"],
             "--sheet",
@@ -87,12 +89,14 @@ def test_a_file_becomes_files(kit, asset, home, tmp_path) -> None:
         )
     )
     assert code == 0, lines[-1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(out)
+    sequence = [tmp_path / f"fox_{frame:04d}.ply" for frame in range(1, 9)]
+    written = [file for path in out.values() for file in (sequence if path.suffix == ".ply" else [path])]
+    assert sorted(tmp_path.iterdir()) == sorted(written)
     stages = list(dict.fromkeys(line["stage"] for line in lines if "stage" in line))
-    assert [s for s in stages if s != "queued"] == ["load", "capture", "connect", "fit", "export"]
+    assert stages[:3] == ["load", "capture", "connect"] and "fit" in stages and stages[-1] == "export"
     assert all(0 <= line["step"] <= line["total"] or not line["total"] for line in lines if "stage" in line)
     assert [line["warning"]["code"] for line in lines if "warning" in line] == ["rest_pose_used", "tiny_work"]
-    assert lines[-1]["done"]["files"] == [str(path) for path in out.values()]
+    assert lines[-1]["done"]["files"] == [str(path) for path in written]
 
     report = json.loads(out["report.json"].read_text())
     assert report["prompt"] == "the fox is running" and report["seed"] == 5 and report["settings"]["file"] == "fox.glb"
@@ -114,6 +118,13 @@ def test_a_file_becomes_files(kit, asset, home, tmp_path) -> None:
         lift = 0.2 * np.sin(2 * np.pi * frame / 7) * (1 + seen.vertices[:, 0])
         moved = kit.world_positions([fox], frame + 1) - kit.to_world(seen, seen.vertices)
         assert np.abs(moved[:, 2] - lift).max() < 1e-4 * size.max() and np.abs(moved[:, :2]).max() < 1e-4 * size.max()
+    world = np.stack([kit.world_positions([fox], frame)[:50] for frame in range(1, 9)])
+    for frame, path in enumerate(sequence):
+        splats = read_ply(path)
+        assert np.abs(splats.means[0] - world[frame]).max() < 1e-4 * size.max()
+        np.testing.assert_allclose(splats.colors(0, direction=[0, 1, 0]), 0.25, atol=1e-5)
+    means = read_t4d(out["fox.t4d"]).means
+    assert means.shape == (8, 50, 3) and np.abs(means.mean(1) - world.mean(1)).max() < 1e-3 * size.max()
     with Client(read_connection(home / "connection.json")) as server:
         assert server.jobs() == []  # written, so no longer kept
 
