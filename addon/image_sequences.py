@@ -182,7 +182,7 @@ def _movie(path: Path) -> Iterator[tuple[bpy.types.Scene, int]]:
         render.resolution_x, render.resolution_y, render.resolution_percentage = width, height, 100
         render.image_settings.file_format, render.image_settings.color_mode = "PNG", "RGB"
         scene.view_settings.view_transform = "Standard"
-        yield scene, int(strip.frame_final_end - strip.frame_final_start)
+        yield scene, int(strip.duration if hasattr(strip, "duration") else strip.frame_final_duration)
     finally:
         bpy.data.scenes.remove(scene)
 
