@@ -232,7 +232,6 @@ def dismiss(job_id: str) -> None:
     """Remove a finished job from the list and from the server."""
     if state.finished.pop(job_id, None) is not None:
         _drop(job_id)
-        _forget_order(job_id)
         if _thread is not None:
             _thread.commands.put(link.Forget(job_id))
 
@@ -253,7 +252,7 @@ def attach(context: bpy.types.Context, start: bool = False) -> None:
     if _thread is None or not _thread.is_alive():
         _thread = link.ClientThread()
         _thread.start()
-        atexit.register(shut_down)
+        atexit.register(shut_down, closing=True)
     _thread.commands.put(link.Attach(source, start))
     if not bpy.app.timers.is_registered(_timer):
         bpy.app.timers.register(_timer, persistent=True)
@@ -268,15 +267,20 @@ def wake(context: bpy.types.Context) -> None:
         attach(context)
 
 
-def shut_down() -> None:
-    """End the timer, the thread and every capture; the server keeps what it has."""
+def shut_down(closing: bool = False) -> None:
+    """End the timer, the thread and every capture; the server keeps what it has.
+
+    Args:
+        closing: Blender ends, and its data may be gone already.
+    """
     global _thread, state
     atexit.unregister(shut_down)
     if bpy.app.timers.is_registered(_timer):
         bpy.app.timers.unregister(_timer)
     if _file_loaded in bpy.app.handlers.load_post:
         bpy.app.handlers.load_post.remove(_file_loaded)
-        live_motion.unregister()
+        if not closing:
+            live_motion.unregister()
     for capture in _captures.values():
         capture.steps.close()
     _captures.clear()
@@ -488,12 +492,14 @@ def _apply(job_id: str, seen: Snapshot, result: Result, order: Order) -> None:
 def _fail(job_id: str, error: Track4DError) -> None:
     state.active.pop(job_id, None)
     _end_show(job_id)
+    _forget_order(job_id)
     state.problem = _problem(error, job_id)
 
 
 def _drop(job_id: str) -> None:
     _dropped.add(job_id)
     _end_show(job_id)
+    _forget_order(job_id)
 
 
 def _end_show(job_id: str) -> None:
@@ -559,7 +565,7 @@ def named_objects(names: list[str]) -> list[bpy.types.Object]:
     return [bpy.data.objects[name] for name in names]
 
 
-def status() -> list[tuple[str, str]]:
+def status(state: State) -> list[tuple[str, str]]:
     """What the tab says of the server: lines of text, each with the name of an icon."""
     hello, server = state.hello or {}, state.server
     if state.setup.busy:

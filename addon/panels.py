@@ -190,7 +190,7 @@ def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> N
     from . import jobs
 
     column = layout.column(align=True)
-    for text, icon in jobs.status():
+    for text, icon in jobs.status(state):
         column.label(text=text, icon=icon, translate=False)
     if state.setup.state in ("interrupted", "failed"):
         box = layout.box()

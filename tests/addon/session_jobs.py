@@ -163,7 +163,7 @@ def leave_several(archive: str, blend: str, **server) -> dict:
         bpy.ops.track4d.animate()
     listed = [job.objects for job in jobs.state.active.values()]
     sent = pump(lambda: all(j.phase.name not in ("CAPTURING", "SENDING") for j in jobs.state.active.values()))
-    lines = [line for line, _ in jobs.status()]
+    lines = [line for line, _ in jobs.status(jobs.state)]
     bpy.ops.wm.save_as_mainfile(filepath=blend)
     return {"listed": listed, "sent": sent, "jobs": list(jobs.state.active), "lines": lines}
 
@@ -215,11 +215,11 @@ def truth(archive: str, pid: int, wait_file: str, **server) -> dict:
 
     def seconds(icon: str) -> float:
         start = time.monotonic()
-        assert pump(lambda: jobs.status()[0][1] == icon, 30), jobs.status()
+        assert pump(lambda: jobs.status(jobs.state)[0][1] == icon, 30), jobs.status(jobs.state)
         return time.monotonic() - start
 
     seconds("CHECKMARK")
-    lines = [line for line, _ in jobs.status()]
+    lines = [line for line, _ in jobs.status(jobs.state)]
     pid = int(pid)
     os.kill(pid, signal.SIGSTOP)
     frozen = seconds("UNLINKED")
@@ -250,7 +250,7 @@ def set_up(archive: str, home: str, **server) -> dict:
     os.environ["PIP_NO_INDEX"] = no_index
     bpy.ops.track4d.set_up_server()
     assert pump(lambda: jobs.state.setup.step == 1, 30), jobs.state.setup
-    answer["busy"] = jobs.status()[0]
+    answer["busy"] = jobs.status(jobs.state)[0]
     answer["twice"] = sorted(bpy.ops.track4d.set_up_server())
     process = local_setup._processes[home]
     os.killpg(process.pid, signal.SIGKILL)
