@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import bpy
 import numpy as np
 from track4d_protocol.errors import InputError
 
 from . import marks
-from .apply.target import displacements
-from .capture import Snapshot, find_objects
+
+if TYPE_CHECKING:
+    from .capture import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,9 @@ def play() -> bool:
     """Puts every motion where it is now; True when an object has moved. Objects that can't take it stay as they are."""
     if _rendering or not _live:
         return False
+    from .apply.target import displacements  # late: registering the extension shall be quick
+    from .capture import find_objects
+
     changed = False
     for job_id, live in list(_live.items()):
         frame = int(time.monotonic() * FRAMES_PER_SECOND) % len(live.moves)

@@ -11,8 +11,10 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +85,8 @@ def main() -> None:
     from track4d_protocol.client import Client
 
     bpy.context.preferences.addons.new().module = "track4d_addon"
+    unsent = tempfile.TemporaryDirectory()
+    jobs.folder = lambda: Path(unsent.name)  # this package isn't installed as an extension, which would have its own folder
     track4d_addon.register()
     calls: list[str] = []
     for name in ("__init__", "hello", "submit", "watch", "poll", "jobs", "cancel", "fetch", "forget"):

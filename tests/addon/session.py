@@ -7,6 +7,7 @@ printed is the scenario's answer as JSON.
 """
 
 import gc
+import importlib
 import json
 import sys
 import threading
@@ -118,6 +119,8 @@ def animate(archive: str, prompt: str, blend: str, **server) -> dict:
     running = inventory()
     bpy.ops.wm.save_as_mainfile(filepath=blend, compress=False, copy=True)
     stages, pictures = set(), 0
+    prompts = importlib.import_module(f"{ID}.prompts")
+    recent, prompts._prompts = prompts.recent(), None  # as another Blender would find them
 
     def look() -> bool:
         nonlocal pictures
@@ -132,7 +135,7 @@ def animate(archive: str, prompt: str, blend: str, **server) -> dict:
         "finished": finished, "problem": str(jobs.state.problem or ""), "stages": sorted(stages), "pictures": pictures,
         "unchanged_while_running": running == before,
         "new": {k: len(after[k]) - len(before[k]) for k in after if len(after[k]) != len(before[k])},
-        "saved_job": job_id.encode() in Path(blend).read_bytes(), "job": job_id, **shape(obj),
+        "recent": [recent, prompts.recent()], "saved_job": job_id.encode() in Path(blend).read_bytes(), "job": job_id, **shape(obj),
         "warnings": [w.code for w in jobs.state.warnings], "pictures_left": len(previews._pictures or ()),
     }  # fmt: skip
 
