@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import bmesh
 import bpy
 import numpy as np
 from track4d_protocol.errors import InputError
@@ -142,6 +143,8 @@ def _take_off(obj: bpy.types.Object, keys: bpy.types.Key) -> None:
     index = obj.active_shape_key_index
     block = keys.key_blocks.get(NAME)
     if block is not None:
+        if obj.data.is_editmode:
+            _take_off_edited(obj.data)
         obj.shape_key_remove(block)
     del keys[MARK]
     if made_basis and len(keys.key_blocks) == 1:
@@ -149,6 +152,15 @@ def _take_off(obj: bpy.types.Object, keys: bpy.types.Key) -> None:
     else:
         obj.active_shape_key_index = min(index, len(keys.key_blocks) - 1)
     obj.data.update()
+
+
+def _take_off_edited(mesh: bpy.types.Mesh) -> None:
+    """The edited mesh has the key as a layer of its own, from which Blender would make it again."""
+    edited = bmesh.from_edit_mesh(mesh)
+    layers = edited.verts.layers.shape
+    if NAME in layers:
+        layers.remove(layers[NAME])
+        bmesh.update_edit_mesh(mesh)
 
 
 # Blender's events

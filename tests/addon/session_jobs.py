@@ -86,7 +86,7 @@ def cancel_at_many_moments(archive: str, blend: str, **server) -> dict:
     for name, come in moments.items():
         bpy.ops.track4d.animate()
         (job,) = jobs.state.active.values()
-        reached = come(job) if name == "click" else pump(lambda come=come, job=job: come(job), 60)
+        reached = come(job) if name == "click" else pump(lambda come=come, job=job: come(job) or jobs.state.problem, 90)
         if name == "moving":
             film = previews._films.get(job.id)
             answer["film"] = film is not None and list(film.shape)
@@ -99,6 +99,7 @@ def cancel_at_many_moments(archive: str, blend: str, **server) -> dict:
         answer[name] = [bool(reached), idle, time.monotonic() - start, difference(before, fingerprint())]
         pump(lambda: False, 0.3)
         answer[name][3] += difference(before, fingerprint())
+        assert jobs.state.problem is None, (name, jobs.state.problem)
     answer["pictures"] = len(previews._pictures or ()) + len(previews._films)
     return answer
 
