@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import numpy as np
 from track4d_protocol.errors import ServerError, Track4DError, TransportError
 
 if TYPE_CHECKING:
+    import numpy as np
     from track4d_protocol.client import Client
     from track4d_protocol.keys import Connection
     from track4d_protocol.messages import Job, Request, Result
@@ -382,6 +382,8 @@ def spread(motion: np.ndarray, points: np.ndarray, vertices: np.ndarray) -> np.n
     Returns:
         [F, N, 3] float32 displacements; None when the motion doesn't fit the vertices.
     """
+    import numpy as np  # late: Blender 4.2 doesn't have it loaded, and registering shall be quick
+
     fits = motion.ndim == 3 and motion.shape[1:] == (*points.shape, 3) and points.ndim == 1 and len(points) > 0
     if not fits or points.min() < 0 or points.max() >= len(vertices) or not np.isfinite(motion).all():
         return None

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import bmesh
 import bpy
-import numpy as np
 from track4d_protocol.errors import InputError
 
 from . import marks
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .capture import Snapshot
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ def _block(keys: bpy.types.Key | None) -> bpy.types.ShapeKey | None:
 
 
 def _place(obj: bpy.types.Object, moves: np.ndarray) -> None:
+    import numpy as np  # late: Blender 4.2 doesn't have it loaded, and registering shall be quick
+
     keys = obj.data.shape_keys
     block = _block(keys)
     if block is None:

@@ -6,9 +6,9 @@ import time
 from typing import TYPE_CHECKING
 
 import bpy.utils.previews
-import numpy as np
 
 if TYPE_CHECKING:
+    import numpy as np
     from bpy.utils.previews import ImagePreviewCollection
 
 FRAMES_PER_SECOND = 8
@@ -50,11 +50,13 @@ def _draw(job_id: str, square: np.ndarray) -> None:
     size = (square.shape[1], square.shape[0])
     if tuple(preview.image_size) != size:
         preview.image_size = size
-    preview.image_pixels_float.foreach_set(square[::-1].astype(np.float32).ravel() / 255)
+    preview.image_pixels_float.foreach_set(square[::-1].astype("float32").ravel() / 255)
 
 
 def as_square(picture: np.ndarray) -> np.ndarray:
     """Pictures [..., H, W, 3] centred in a transparent square [..., S, S, 4] uint8, since Blender draws previews square."""
+    import numpy as np  # late: Blender 4.2 doesn't have it loaded, and registering shall be quick
+
     height, width = picture.shape[-3:-1]
     size = max(height, width)
     square = np.zeros((*picture.shape[:-3], size, size, 4), np.uint8)

@@ -21,11 +21,12 @@ from typing import Any
 import bpy
 
 START = """
-import time, bpy
+import os, time, bpy
 cpu, wall = time.process_time(), time.perf_counter()
 import track4d_addon
 track4d_addon.register()
-print((time.process_time() - cpu) * 1e3, (time.perf_counter() - wall) * 1e3)
+print((time.process_time() - cpu) * 1e3, (time.perf_counter() - wall) * 1e3, flush=True)
+os._exit(0)  # bpy 4.2 crashes when Python shuts it down
 """
 
 

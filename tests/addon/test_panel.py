@@ -1,5 +1,6 @@
 """The tab: what it draws, what its buttons do, and several results on one object, against a real server."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -166,6 +167,22 @@ def test_every_button_that_fixes_exists(addon) -> None:
         for name, value in values.items():
             setattr(button, name, value)
         assert code in (ROOT / "docs" / "errors.md").read_text(), f"no error has the code {code}"
+
+
+def test_registering_loads_only_what_the_tab_draws() -> None:
+    """Captures, outputs, ZeroMQ and (where Blender hasn't loaded it) numpy come with the first click."""
+    code = """
+import os, sys, bpy
+before = set(sys.modules)
+import track4d_addon
+track4d_addon.register()
+print(" ".join(name for name in set(sys.modules) - before), flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "track4d_addon.panels" in loaded
+    assert not loaded & {"numpy", "zmq", "msgpack", "track4d_addon.capture", "track4d_addon.apply", "track4d_addon.lighting"}
 
 
 def test_the_length_is_told_at_the_scenes_rate(addon) -> None:
