@@ -551,14 +551,10 @@ def several(kit):
     return cones
 
 
-def large(kit):
-    return [kit.make_grid(448)]
-
-
 MOVED_BY_OTHERS = {"with_shape_keys", "with_rig"}
 ARTISTS = (
     with_modifiers, with_instances, twins, scaled, with_hidden_faces, with_materials_and_uvs, with_loose_vertices,
-    with_duplicates, with_shape_keys, with_rig, several, large,
+    with_duplicates, with_shape_keys, with_rig, several,
 )  # fmt: skip
 
 
@@ -626,6 +622,17 @@ def test_any_object_moves_and_stays_what_it_was(kit, make) -> None:
     assert apply.remove(distinct) == len(distinct)
     scene.frame_set(1)
     assert kit.everything() == before
+
+
+def test_two_hundred_thousand_vertices_move(kit) -> None:
+    grid = kit.make_grid(448)
+    seen = capture.snapshot([grid])
+    result = kit.wave(seen.vertices, 3)
+    apply.apply(seen, result)
+    size = np.ptp(seen.vertices, axis=0).max()
+    for frame, vertices in enumerate(result.arrays["vertices"], 1):
+        assert np.abs(kit.world_positions([grid], frame) - kit.to_world(seen, vertices)).max() < 1e-5 * size
+    assert apply.remove([grid]) == 1 and grid.data.shape_keys is None
 
 
 # What can't be animated
