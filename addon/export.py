@@ -162,10 +162,25 @@ def _gltf(task: Task, form: str) -> None:
         export_morph_normal=task.morph_normals,
         export_morph_tangent=False,
         export_animations=True,
-        export_animation_mode="ACTIONS",
+        **_one_clip(task),
         export_force_sampling=True,
         export_anim_slide_to_zero=True,  # else the clip begins with a pause of one frame
     )
+
+
+def _one_clip(task: Task) -> dict[str, str]:
+    """Options under which the action that several objects share becomes one clip with its name.
+
+    Before actions had slots (4.4) the exporter made a clip per object of it.
+    """
+    if bpy.app.version >= (4, 4, 0):
+        return {"export_animation_mode": "ACTIONS"}
+    keys = [obj.data.shape_keys for obj in task.objects if obj.data.shape_keys]
+    names = [one.animation_data.action.name for one in keys if one.animation_data and one.animation_data.action]
+    return {
+        "export_animation_mode": "ACTIVE_ACTIONS",
+        "export_nla_strips_merged_animation_name": next(iter(names), "Animation"),
+    }
 
 
 def _fbx(task: Task) -> None:

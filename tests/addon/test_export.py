@@ -390,4 +390,6 @@ def test_only_the_shown_take_is_written(kit, tmp_path) -> None:
     bpy.ops.wm.read_factory_settings(use_empty=True)
     bpy.ops.import_scene.gltf(filepath=str(path))
     (found,) = [obj for obj in bpy.data.objects if obj.type == "MESH"]
-    assert [action.name for action in bpy.data.actions] == ["Track4D: way 1"] and len(found.data.shape_keys.key_blocks) == 7
+    (action,) = bpy.data.actions
+    assert action.name.removesuffix("_Cone") == "Track4D: way 1"  # importers before 4.4 add the object's name
+    assert len(found.data.shape_keys.key_blocks) == 7
