@@ -752,3 +752,19 @@ def test_matrix_of_a_muted_parent_is_used(kit) -> None:
     keyed(parent)
     seen = capture.snapshot([cone])
     np.testing.assert_allclose(seen.to_world[:3, 3], (4, 5, 6), atol=1e-6)
+
+
+def test_the_server_moves_what_lies_together_alike_and_takes_loose_vertices_along(kit) -> None:
+    """Two coincident surfaces don't come apart, and what no face holds isn't left behind."""
+    pytest.importorskip("torch", reason="the server isn't installed beside this Blender")
+    from track4d.pipeline import run
+
+    objects = [*with_duplicates(kit), *with_loose_vertices(kit)]
+    objects[1].location.x = 2
+    request = capture.capture(objects, Settings(prompt="it jumps", preset="fast"), size=128, samples=4)
+    vertices = run(request, lambda *_, **__: None).arrays["vertices"]
+    half = len(objects[0].data.vertices) // 2
+    assert np.isfinite(vertices).all() and np.abs(vertices[0] - request.arrays["vertices"]).max() < 1e-5
+    np.testing.assert_allclose(vertices[:, :half], vertices[:, half : 2 * half], atol=1e-5)
+    ways = np.linalg.norm(vertices - vertices[0], axis=-1).max(0)  # [N]
+    assert ways[-3:].min() > 0.3 * np.median(ways) > 0.01
