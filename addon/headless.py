@@ -247,20 +247,11 @@ def _in_background(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def _fit_request(seen: Snapshot, settings: Settings, folder: Path) -> Request:
     """A request with the user's video and its cameras instead of pictures of our own."""
-    import numpy as np
-    from track4d_protocol.space import canonical_similarity
-
-    from .capture import mesh_arrays
     from .image_sequences import read_cameras, read_views
+    from .sources import fit_request
 
     video = read_views(folder)  # [V, F, H, W, C]
-    viewmats, Ks, space = read_cameras(folder, len(video), *video.shape[2:4])
-    if space == "world":
-        viewmats = viewmats @ seen.to_world
-    else:
-        viewmats = canonical_similarity(seen.vertices, settings.front).viewmats_to_world(viewmats)
-    arrays = mesh_arrays(seen) | {"video": np.ascontiguousarray(video), "viewmats": viewmats, "Ks": Ks}
-    return Request(settings, [item.name for item in seen.objects], arrays)
+    return fit_request(seen, settings, video, *read_cameras(folder, len(video), *video.shape[2:4]))
 
 
 def _result_of(job_id: str, home: Path | None, session: Session) -> Result:
