@@ -263,7 +263,7 @@ class TestServer:
 
     def start(self) -> None:
         code = "import sys, pathlib, track4d.service as s; s.serve(pathlib.Path(sys.argv[1]), work=sys.argv[2])"
-        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "TINY_WORK_GATES": str(self.home)}
         self.home.mkdir(exist_ok=True)
         self.log = open(self.home / "test.log", "ab")  # noqa: SIM115 - closed in `stop`
         self.process = subprocess.Popen(

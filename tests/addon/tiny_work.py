@@ -1,6 +1,11 @@
-"""Work for a server under test: the motion is a wave; "slowly" in the prompt makes it last, "fails" makes it fail."""
+"""Work for a server under test: the motion is a wave.
 
+In the prompt, "slowly" makes it last, "fails" makes it fail, "waits for NAME" makes it wait for a file in the server's folder.
+"""
+
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 from track4d_protocol.messages import Request, Result
@@ -25,6 +30,10 @@ def run(request: Request, report) -> Result:
             report("generate", step, steps, preview=film, motion=moved)
         else:
             report("fit", step, steps, preview=shade if step % 4 == 0 else None)
+        time.sleep(0.05)
+    _, _, gate = settings.prompt.partition("waits for ")
+    while gate and not Path(os.environ["TINY_WORK_GATES"], gate).exists():
+        report("fit", steps - 1, steps)
         time.sleep(0.05)
     if "fails" in settings.prompt:
         raise ValueError("the work was told to fail")
