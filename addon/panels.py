@@ -87,6 +87,19 @@ class VIEW3D_PT_track4d_settings(bpy.types.Panel):
         draw_settings(self.layout, context)
 
 
+class VIEW3D_PT_track4d_export(bpy.types.Panel):
+    bl_label = "Export"
+    bl_category = "Track4D"
+    bl_parent_id = "VIEW3D_PT_track4d"
+    bl_space_type = "VIEW_3D"
+    bl_region_type = "UI"
+    bl_options = {"DEFAULT_CLOSED"}
+
+    def draw(self, _context: bpy.types.Context) -> None:
+        self.layout.operator_context = "INVOKE_DEFAULT"
+        self.layout.operator_menu_enum("track4d.export", "form", text="Export As", icon="EXPORT")
+
+
 class VIEW3D_PT_track4d_lights(bpy.types.Panel):
     bl_label = "Baked Light"
     bl_category = "Track4D"
@@ -115,12 +128,10 @@ def draw_main(layout: bpy.types.UILayout, context: bpy.types.Context, state: Sta
     draw_server(layout, state, width)
     column = layout.column()
     _draw_source(column, settings)
-    row = column.row(align=True)
+    row = column.split(factor=0.6, align=True)
     row.scale_y = 1.4
     row.operator("track4d.animate", icon="PLAY").variations = 1
-    several = row.row(align=True)
-    several.scale_x = 0.55
-    several.operator("track4d.animate", text="3 Variations").variations = 3
+    row.operator("track4d.animate", text="3 Variations").variations = 3
     for job in state.active.values():
         _draw_job(layout, job, width)
     if state.problem is not None:
@@ -338,7 +349,13 @@ def _wrap(text: str, letters: int) -> tuple[str, ...]:
     return tuple(textwrap.wrap(text, letters))
 
 
-CLASSES = (VIEW3D_MT_track4d_prompts, VIEW3D_PT_track4d, VIEW3D_PT_track4d_settings, VIEW3D_PT_track4d_lights)
+CLASSES = (
+    VIEW3D_MT_track4d_prompts,
+    VIEW3D_PT_track4d,
+    VIEW3D_PT_track4d_settings,
+    VIEW3D_PT_track4d_export,
+    VIEW3D_PT_track4d_lights,
+)
 
 
 def register() -> None:

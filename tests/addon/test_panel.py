@@ -27,7 +27,7 @@ class Layout:
     def _part(self, **_) -> "Layout":
         return Layout(self.log)
 
-    row = column = box = _part
+    row = column = box = split = _part
 
     def _note(self, text: str, icon: str) -> None:
         assert icon in ICONS, icon

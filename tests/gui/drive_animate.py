@@ -85,7 +85,7 @@ def load() -> bpy.types.Object:
 def press_animate() -> Generator[Wait, None, None]:
     """Click the button; a slow window sometimes misses a click, so look whether it was taken."""
     for _ in range(4):
-        yield ask(f"click {at(108)}")
+        yield ask(f"click {at(127)}")
         yield 3.0
         if jobs().state.active or jobs().state.problem:
             return
@@ -111,7 +111,7 @@ def story() -> Generator[Wait, None, None]:
     yield 2.0
     yield ask("shot 1_ready")
 
-    yield ask(f"doubleclick {at(78)}")
+    yield ask(f"doubleclick {at(99)}")
     yield ask(f"type {PROMPT}")
     yield 1.0
     assert bpy.context.scene.track4d.prompt == PROMPT, f"the field holds '{bpy.context.scene.track4d.prompt}'"
