@@ -280,7 +280,7 @@ def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None) -> N
     newest = list(records.items())[: -SHOWN_TAKES - 1 : -1]
     for take, about in newest:
         row = column.row(align=True)
-        text = f"{about.get('title') or about.get('prompt', '')}, seed {about.get('seed', 0)}"
+        text = f"seed {about.get('seed', 0)}: {about.get('title') or about.get('prompt', '')}"  # the seed first: prompts are cut
         icon = "RADIOBUT_ON" if take == shown else "RADIOBUT_OFF"
         row.operator("track4d.show_take", text=text, icon=icon, emboss=take == shown).take = take
         row.operator("track4d.remove_take", text="", icon="X").take = take

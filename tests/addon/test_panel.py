@@ -309,7 +309,7 @@ def test_three_variations_share_one_capture_and_lie_side_by_side(connected, cone
         moves[take] = kit.world_positions([cone], 3)
         assert cone.data.shape_keys.animation_data.action == marks.action_of(take)
     found = drawn(cone)
-    assert {"it rolls, seed 5", "it rolls, seed 6", "it rolls, seed 7"} <= {text.strip("[]") for text in found}
+    assert {"seed 5: it rolls", "seed 6: it rolls", "seed 7: it rolls"} <= {text.strip("[]") for text in found}
     assert "Cone moves, frames 1 to 6" in found
 
     settings.prompt, settings.seed, settings.keep_root, settings.frames = "other", 0, False, 20
@@ -393,7 +393,7 @@ def test_a_cloud_shows_the_history_of_its_object(addon, cone, kit) -> None:
     cloud = bpy.data.objects[made["cloud"]]
     color = cloud.data.attributes["sh_0_0"].data[0].vector[0]
     assert color < -0.4, "seen from above, looking along -Z, it is dark"
-    assert results.subject(cloud) == cone and "[it rolls, seed 3]" in drawn(cloud)
+    assert results.subject(cloud) == cone and "[seed 3: it rolls]" in drawn(cloud)
     choose(cloud)
     bpy.ops.track4d.use_settings(take="take")
     bpy.ops.track4d.remove_take(take="take")
