@@ -135,7 +135,8 @@ def animate(archive: str, prompt: str, blend: str, **server) -> dict:
         "finished": finished, "problem": str(jobs.state.problem or ""), "stages": sorted(stages), "pictures": pictures,
         "unchanged_while_running": running == before,
         "new": {k: len(after[k]) - len(before[k]) for k in after if len(after[k]) != len(before[k])},
-        "recent": [recent, prompts.recent()], "saved_job": job_id.encode() in Path(blend).read_bytes(), "job": job_id, **shape(obj),
+        "recent": [recent, prompts.recent()],
+        "saved_job": job_id.encode() in Path(blend).read_bytes(), "job": job_id, **shape(obj),
         "warnings": [w.code for w in jobs.state.warnings], "pictures_left": len(previews._pictures or ()),
     }  # fmt: skip
 
