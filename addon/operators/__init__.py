@@ -1,8 +1,8 @@
 """What the buttons do; one module per thing they act on."""
 
-from . import animation, fixes, lighting, report, results, server, setup, takes
+from . import animation, exporting, fixes, lighting, report, results, server, setup, takes
 
-MODULES = (animation, takes, results, server, setup, fixes, report, lighting)
+MODULES = (animation, takes, exporting, results, server, setup, fixes, report, lighting)
 
 
 def register() -> None:

@@ -393,3 +393,44 @@ def test_only_the_shown_take_is_written(kit, tmp_path) -> None:
     (action,) = bpy.data.actions
     assert action.name.removesuffix("_Cone") == "Track4D: way 1"  # importers before 4.4 add the object's name
     assert len(found.data.shape_keys.key_blocks) == 7
+
+
+@pytest.fixture
+def operator():
+    from track4d_addon.operators import exporting
+
+    exporting.register()
+    yield exporting
+    exporting.unregister()
+
+
+def test_operator_writes_what_is_selected(kit, tmp_path, operator) -> None:
+    cone, other = kit.make_cone(), kit.make_cone("Other")
+    seen = capture.snapshot([cone])
+    apply.apply(seen, kit.wave(seen.vertices, FRAMES))
+    cone.select_set(True)
+    other.select_set(False)
+    assert bpy.ops.track4d.export(filepath=str(tmp_path / "cone.obj")) == {"FINISHED"}
+    assert len(list(tmp_path.glob("cone_*.obj"))) == FRAMES
+    assert bpy.ops.track4d.export(filepath=str(tmp_path / "cone.glb"), morph_normals=True) == {"FINISHED"}
+    assert "NORMAL" in read_glb(tmp_path / "cone.glb")[0]["meshes"][0]["primitives"][0]["targets"][0]
+    assert [obj.name for obj in imported(tmp_path / "cone.glb")] == ["Cone"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "wanted"),
+    [
+        ("fox.glb", ".splats.glb", "fox.splats.glb"),
+        ("fox.splats.glb", ".glb", "fox.glb"),
+        ("fox.glb", ".glb", "fox.glb"),
+        ("fox", ".t4d", "fox.t4d"),
+        ("fox.v2", ".mdd", "fox.v2.mdd"),
+    ],
+)
+def test_the_name_ends_as_the_format_says(tmp_path, operator, name, form, wanted) -> None:
+    """What the file browser asks after each change."""
+    from types import SimpleNamespace
+
+    asked = SimpleNamespace(filepath=str(tmp_path / name), form=form)
+    changed = operator.TRACK4D_OT_export.check(asked, None)
+    assert asked.filepath == str(tmp_path / wanted) and changed == (name != wanted)
