@@ -453,11 +453,12 @@ def _offer(jobs: list[Job]) -> None:
             continue
         elif news.state.value == "done":
             order = _kept_order(news.id)
-            state.finished[news.id] = FinishedJob(
-                news.id, news.prompt, list(news.objects), news.created, order=order, away=True
-            )
+            title = str(order.settings.get("title") or news.prompt)
+            state.finished[news.id] = FinishedJob(news.id, title, list(news.objects), news.created, order=order, away=True)
         elif not news.state.final:
-            state.active[news.id] = ActiveJob(news.id, news.prompt, list(news.objects), order=_kept_order(news.id))
+            order = _kept_order(news.id)
+            title = str(order.settings.get("title") or news.prompt)
+            state.active[news.id] = ActiveJob(news.id, title, list(news.objects), order=order)
             _update(news)
 
 
