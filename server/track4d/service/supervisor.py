@@ -73,7 +73,7 @@ class Supervisor:
             "worker_done": self._done, "worker_failed": self._failed, "worker_cancelled": self._cancelled}
 
     def about_worker(self) -> dict[str, Any]:
-        """For a hello: "worker" (starting, ready, busy or failed), "worker_error", "waiting" (jobs), "device", "model", "licence"."""
+        """For a hello: "worker" (starting, ready, busy, failed), "worker_error", "waiting" jobs, "device", "model", "licence"."""
         state = "failed" if self._broken else "starting" if self._worker is None else self._worker.state
         return {"worker": state, "worker_error": self._broken, "waiting": len(self._store.queue()), **self._info}
 
