@@ -49,7 +49,7 @@ class FitPreset:
     stiffness: float = 20.0
     steps: int = 2
     track_rounds: tuple[float, ...] = (3, 1)
-    track_stiffness: float = 20.0
+    track_stiffness: float = 60.0
     exact_stiffness: float = 0.3
 
 
