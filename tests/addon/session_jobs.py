@@ -42,7 +42,7 @@ def _read(item, path: str, found: dict, depth: int) -> None:
             found[f"{path}[{key!r}]"] = str(item[key])
     for entry in item.bl_rna.properties:
         name = entry.identifier
-        if name in ("rna_type", "is_evaluated", "preview", "session_uid", "tool_settings") or depth > 4:
+        if name in ("rna_type", "is_evaluated", "preview", "session_uid", "tool_settings", "depsgraph") or depth > 4:
             continue
         value = getattr(item, name, None)
         if entry.type in SIMPLE:
