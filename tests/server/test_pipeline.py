@@ -126,7 +126,7 @@ def test_missing_pictures_are_named(capsule) -> None:
 
 @pytest.mark.parametrize("stage", ["canonicalise", "generate", "fit", "appearance", "sample"])
 def test_cancel_stops_every_stage(capsule, stage) -> None:
-    def report(name, step, total, preview=None):
+    def report(name, step, total, preview=None, motion=None):
         if name == stage:
             raise Cancelled()
 
