@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def clip():
-    return Procedural(validation=True)(0, 3, ClipShape(2, 6, 64, surface=True))
+    return Procedural(validation=True)(0, 6, ClipShape(2, 6, 64, surface=True))
 
 
 def surface_codes(clip):
