@@ -205,8 +205,7 @@ def _run(options: argparse.Namespace, session: Session) -> None:
         connection = server()
     with session.stage("submit"), Client(connection) as client:
         client.submit(job_id, request)
-    with session.stage("wait"):
-        result = _result_of(job_id, options.home, session)
+    result = _result_of(job_id, options.home, session)
     for warning in result.report.get("warnings", ()):
         session.say(warning=warning)
     with Staging() as staging:
@@ -264,7 +263,8 @@ def _result_of(job_id: str, home: Path | None, session: Session) -> Result:
         try:
             with Client(ensure_server(home)) as client:
                 try:
-                    return _follow(client, job_id, session)
+                    with session.stage("wait"):  # also who stopped while the request went out takes the job back
+                        return _follow(client, job_id, session)
                 except Cancelled:
                     _cancel(client, job_id)
                     raise
