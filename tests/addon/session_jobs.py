@@ -90,7 +90,8 @@ def cancel_at_many_moments(archive: str, blend: str, **server) -> dict:
         if name == "moving":
             film = previews._films.get(job.id)
             answer["film"] = film is not None and list(film.shape)
-            answer["moves"] = max(abs(p.co[2] - v.co[2]) for p, v in zip(temporary(obj).points, obj.data.vertices))
+            pump(lambda: moved(obj) > 0.05, 10)  # it plays, and begins at rest
+            answer["moves"] = moved(obj)
             answer["file"] = saves_without(blend)
             jobs.tick()
         start = time.monotonic()
@@ -106,6 +107,11 @@ def cancel_at_many_moments(archive: str, blend: str, **server) -> dict:
 
 def temporary(obj: bpy.types.Object):
     return obj.data.shape_keys.key_blocks[live().NAME]
+
+
+def moved(obj: bpy.types.Object) -> float:
+    """How far the temporary key moves the object just now, along Z."""
+    return max(abs(p.co[2] - v.co[2]) for p, v in zip(temporary(obj).points, obj.data.vertices))
 
 
 def saves_without(blend: str) -> bool:
