@@ -6,10 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+from track4d_protocol.splats import C0, GREY, HIGHEST_DEGREE, sh_rows
 
-HIGHEST_DEGREE = 3
-_C0 = math.sqrt(1 / (4 * math.pi))
-_MIDDLE = 0.5  # added to the series, as in 3D Gaussian splatting: zero coefficients are mid grey
 _DIRECTIONS = 64  # that determine a rotation of the coefficients; 16 would do
 
 
@@ -24,21 +22,7 @@ def sh_basis(directions: Tensor, degree: int) -> Tensor:
         [..., (degree + 1)^2], ordered by l, then m = -l..l.
     """
     assert 0 <= degree <= HIGHEST_DEGREE, degree
-    x, y, z = directions.unbind(-1)
-    rows = [torch.full_like(x, _C0)]
-    if degree >= 1:
-        c = math.sqrt(3 / (4 * math.pi))
-        rows += [-c * y, c * z, -c * x]
-    if degree >= 2:
-        c = math.sqrt(15 / (4 * math.pi))
-        rows += [c * x * y, -c * y * z, math.sqrt(5 / (16 * math.pi)) * (2 * z * z - x * x - y * y), -c * x * z,
-                 c / 2 * (x * x - y * y)]
-    if degree >= 3:
-        a, b, c = (math.sqrt(k / math.pi) for k in (35 / 32, 105 / 4, 21 / 32))
-        rows += [-a * y * (3 * x * x - y * y), b * x * y * z, -c * y * (4 * z * z - x * x - y * y),
-                 math.sqrt(7 / (16 * math.pi)) * z * (2 * z * z - 3 * x * x - 3 * y * y), -c * x * (4 * z * z - x * x - y * y),
-                 b / 2 * z * (x * x - y * y), -a * x * (x * x - 3 * y * y)]
-    return torch.stack(rows, -1)
+    return torch.stack(sh_rows(*directions.unbind(-1), degree), -1)
 
 
 def cosine_basis(moments: Tensor, terms: int, frames: int) -> Tensor:
@@ -83,15 +67,15 @@ def sh_colors(coefficients: Tensor, directions: Tensor, moments: Tensor, frames:
     degree = math.isqrt(coefficients.shape[1]) - 1
     at_times = torch.einsum("fw,gkwc->fgkc", cosine_basis(moments, coefficients.shape[2], frames), coefficients)  # [F, G, K, 3]
     if degree == 0:
-        return (_MIDDLE + _C0 * at_times[:, None, :, 0]).clamp(min=0).expand(*directions.shape)
+        return (GREY + C0 * at_times[:, None, :, 0]).clamp(min=0).expand(*directions.shape)
     basis = sh_basis(directions, degree)  # [F, V, G, K]
-    return (_MIDDLE + (basis.unsqueeze(-2) @ at_times[:, None]).squeeze(-2)).clamp(min=0)
+    return (GREY + (basis.unsqueeze(-2) @ at_times[:, None]).squeeze(-2)).clamp(min=0)
 
 
 def sh_from_colors(colors: Tensor, degree: int = 0, terms: int = 1) -> Tensor:
     """Coefficients [G, (degree + 1)^2, terms, 3] that show the static colours [G, 3] from everywhere at any time."""
     coefficients = colors.new_zeros(len(colors), (degree + 1) ** 2, terms, 3)
-    coefficients[:, 0, 0] = (colors - _MIDDLE) / _C0
+    coefficients[:, 0, 0] = (colors - GREY) / C0
     return coefficients
 
 
