@@ -22,7 +22,8 @@ def sh_basis(directions: Tensor, degree: int) -> Tensor:
         [..., (degree + 1)^2], ordered by l, then m = -l..l.
     """
     assert 0 <= degree <= HIGHEST_DEGREE, degree
-    return torch.stack(sh_rows(*directions.unbind(-1), degree), -1)
+    x, y, z = directions.unbind(-1)
+    return torch.stack(sh_rows(x, y, z, degree), -1)
 
 
 def cosine_basis(moments: Tensor, terms: int, frames: int) -> Tensor:
