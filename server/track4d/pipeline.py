@@ -10,10 +10,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 from track4d_protocol import __version__
+from track4d_protocol.errors import InputError
 from track4d_protocol.messages import Request, Result, check_request
 from track4d_protocol.space import BACKGROUND, Similarity, canonical_similarity
 
-from .gaussians.appearance import refine_appearance
+from .gaussians.appearance import refine_appearance, still_psnr
 from .gaussians.cloud import Cloud, seed_cloud
 from .gaussians.light import fit_light, resample_sh
 from .gaussians.spherical_harmonics import rotate_sh, sh_from_colors
@@ -22,12 +23,15 @@ from .geometry.zbuffer import over, render
 from .motion.appearance import estimate_shading
 from .motion.direction import directed
 from .motion.fit import Tracks3D, fit_motion
-from .motion.footage import read_footage
+from .motion.footage import Footage, read_footage
 from .motion.reconstruct import reconstruct_motion
-from .motion.refine import object_pictures, refine_motion
+from .motion.refine import RefinePreset, object_pictures, refine_motion
 from .presets import FITTED_FRAMES, PRESETS, Preset
 from .progress import JobReport, Report
 from .video.generator import MotionGenerator, decode_video
+from .video.text import count_tokens, length_warnings
+
+PINNED = 0.5  # vertices held more than this keep their shape while the motion is refined
 
 
 def run(request: Request, report: JobReport) -> Result:
@@ -60,27 +64,31 @@ def run(request: Request, report: JobReport) -> Result:
             generator = shipped_generator()
             warnings += word_warnings(generator, settings.prompt)
             stills = arrays["views"]  # [V, H, W, 4]
+            check_stills(stills, len(generator.network.view))
             generated = generator.generate(mesh, stills, viewmats, Ks, settings.prompt, frames=FITTED_FRAMES,
                                            steps=quality.sampling_steps, seed=settings.seed, report=report)
             wanted = directed(generated.tracks, settings.strength, settings.loop, settings.keep_root, pin)  # [F, N, 3]
             shading = estimate_shading(mesh, stills, viewmats, Ks)
             filming = stepped_back(viewmats, wanted)
             video = decode_video(mesh, wanted, filming, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
+            footage = read_footage(video, filming, Ks)
             tracks = Tracks3D(wanted, generated.confidence)
             report("generate", quality.sampling_steps, quality.sampling_steps, moving_grid(video), similarity.invert(wanted))
+        video_Ks = Ks
     else:
-        video, tracks, filming = arrays["video"], None, viewmats
-        stills = read_footage(video, viewmats, Ks).straight_views()
+        video, tracks, filming, video_Ks = arrays["video"], None, viewmats, Ks
+        footage = read_footage(video, filming, video_Ks)
+        stills, Ks = footage.straight_views(), footage.Ks.astype(np.float32)
         shading = estimate_shading(mesh, stills, viewmats, Ks)
 
     with clock("appearance"):  # Stage Two
         cloud = surface_gaussians(mesh, stills, viewmats, Ks, shading, quality, settings.seed)
+        fidelity = still_psnr(cloud, mesh.faces, mesh.vertices, on_grey(stills), stills[..., 3] / np.float32(255), viewmats, Ks)
         sh = sh_from_colors(cloud.colors)  # [G, K, W, 3]
 
-    footage = read_footage(video, filming, Ks)
     with clock("fit"):
         if quality.paper is None:
-            field = fit_motion(mesh, video, filming, Ks, shading, tracks, quality.fit, settings.seed, report)
+            field = fit_motion(mesh, video, filming, video_Ks, shading, tracks, quality.fit, settings.seed, report)
             warnings += field.warnings
         else:
             found = reconstruct_motion(mesh, cloud, footage, quality.paper, seed=settings.seed, report=report)
@@ -88,7 +96,9 @@ def run(request: Request, report: JobReport) -> Result:
         report("fit", 1, 1, motion=similarity.invert(field.vertices))
     if tracks is None and quality.paper is None:  # the generator's video shows its tracks and nothing else: no more to be learnt
         with clock("refine"):
-            field = refine_motion(mesh, field, footage, shading, quality.refine, seed=settings.seed, report=report).field
+            features = diffusion_features(footage, settings.prompt, quality.refine, settings.seed)
+            field = refine_motion(mesh, field, footage, shading, quality.refine, features,
+                                  pinned=None if pin is None else pin > PINNED, seed=settings.seed, report=report).field
             if quality.color_steps:
                 cloud, sh = fit_light(cloud, mesh.faces, field.vertices, object_pictures(footage), footage.masks,
                                       footage.viewmats, footage.Ks, quality.sh_degree, quality.sh_terms, quality.color_steps,
@@ -106,7 +116,8 @@ def run(request: Request, report: JobReport) -> Result:
             "version": __version__, "task": settings.task, "prompt": settings.prompt, "seed": settings.seed,
             "preset": settings.preset, "frames": settings.frames, "vertices": len(mesh.vertices), "triangles": len(mesh.faces),
             "gaussians": len(cloud.opacities), "seconds": clock.seconds, "warnings": warnings,
-            "moved": moved(vertices), "edge_change_p99": edge_change(mesh, vertices), "torch": torch.__version__,
+            "moved": moved(vertices), "edge_change_p99": edge_change(mesh, vertices), "still_psnr": round(fidelity, 2),
+            "torch": torch.__version__,
         },
         arrays={
             "vertices": similarity.invert(vertices),
@@ -161,12 +172,26 @@ def shipped_generator() -> MotionGenerator:
 
 
 def word_warnings(generator: MotionGenerator, prompt: str) -> list[dict[str, str]]:
-    """A warning when the prompt's words mean nothing to the model."""
+    """Warnings when the prompt's words mean nothing to the model, or are more than it reads."""
+    warnings = length_warnings(count_tokens(prompt))
     unknown = generator.unknown_words(prompt)
     if not unknown:
-        return []
-    return [{"code": "unknown_words", "message": f"The model does not know: {', '.join(unknown)}.",
+        return warnings
+    return [*warnings, {"code": "unknown_words", "message": f"The model does not know: {', '.join(unknown)}.",
              "action": f"It knows these motions: {', '.join(generator.known_verbs())}."}]
+
+
+def check_stills(stills: np.ndarray, most: int) -> None:
+    """Refuses pictures [V, H, W, 4] that the generator can't use; it looks at `most` views at once.
+
+    Raises:
+        InputError: too_many_views, empty_view.
+    """
+    if len(stills) > most:
+        raise InputError("too_many_views", f"The request has {len(stills)} views; the motion generator looks at {most} at most.",
+                         "Capture the object from four sides; a video of your own may have more.")
+    if not stills[..., 3].any():
+        raise InputError("empty_view", "None of the pictures shows the object.", "Capture it again while it is visible.")
 
 
 def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, shading: np.ndarray, quality: Preset,
@@ -182,6 +207,19 @@ def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: 
     return refine_appearance(cloud, torch.from_numpy(mesh.faces), torch.from_numpy(mesh.vertices),
                              torch.from_numpy(on_grey(stills)), alphas, torch.from_numpy(viewmats), torch.from_numpy(Ks),
                              steps=quality.appearance_steps)
+
+
+def diffusion_features(footage: Footage, prompt: str, preset: RefinePreset, seed: int) -> torch.Tensor | None:
+    """What the feature network says of the video, for the motion field (Eq. 6 of Track4DGen); [V, F, C, h, w].
+
+    None where no refinement would read it, or where the package was installed without that network.
+    """
+    from .video.features import WEIGHTS, video_features
+
+    if preset.rounds * preset.steps == 0 or not WEIGHTS.exists():
+        return None
+    alphas = footage.masks[..., None].astype(np.uint8) * 255
+    return torch.from_numpy(video_features(np.concatenate([footage.colors, alphas], -1), prompt, footage.viewmats, seed=seed))
 
 
 def on_grey(pictures: np.ndarray) -> np.ndarray:

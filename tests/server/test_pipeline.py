@@ -1,15 +1,20 @@
 """The pipeline as the worker calls it: real generator, real fit, and everything a user can get wrong."""
 
+from dataclasses import replace
+
+import cv2
 import numpy as np
 import pytest
 import trimesh
+from track4d import pipeline
 from track4d.geometry.mesh import Mesh
 from track4d.geometry.zbuffer import render
+from track4d.motion.refine import RefinePreset, refine_motion
 from track4d.pipeline import run
 from track4d.progress import silent
 from track4d_protocol.errors import Cancelled, InputError
 from track4d_protocol.messages import Request, Settings
-from track4d_protocol.space import canonical_similarity, intrinsics, orbit_viewmats
+from track4d_protocol.space import Similarity, canonical_similarity, intrinsics, orbit_viewmats
 
 SIZE = 96
 
@@ -68,7 +73,7 @@ def test_the_film_shows_it(result) -> None:
 
 def test_report_names_every_stage_and_no_warning(result) -> None:
     assert set(result.report["seconds"]) == {"canonicalise", "generate", "fit", "appearance", "sample"}
-    assert result.report["warnings"] == []
+    assert result.report["warnings"] == [] and result.report["still_psnr"] > 20
 
 
 def test_same_seed_same_motion(capsule, result) -> None:
@@ -84,6 +89,13 @@ def test_unknown_motion_is_a_warning_that_lists_the_known_ones(capsule) -> None:
     assert warning["code"] == "unknown_words" and "pondering" in warning["message"] and "bounce" in warning["action"]
 
 
+def test_a_prompt_longer_than_the_model_reads_is_a_warning() -> None:
+    generator = pipeline.shipped_generator()
+    (warning,) = pipeline.word_warnings(generator, "the capsule bends left " + "like a reed in a storm " * 70)
+    assert warning["code"] == "long_prompt" and "143" in warning["message"] and warning["action"]
+    assert pipeline.word_warnings(generator, "the capsule bends left") == []
+
+
 def broken(capsule, **arrays) -> Request:
     bad = request(*capsule)
     bad.arrays.update(arrays)
@@ -97,6 +109,7 @@ def broken(capsule, **arrays) -> Request:
     ({"frames": 100_000}, "bad_settings"),
     ({"task": "paint"}, "bad_settings"),
     ({"front": "up"}, "bad_front"),
+    ({"prompt": "the capsule bends " * 500}, "prompt_too_long"),
 ])
 def test_bad_settings_are_refused(capsule, settings, code) -> None:
     with pytest.raises(InputError) as caught:
@@ -117,6 +130,41 @@ def test_bad_meshes_are_refused(capsule, name, value, code) -> None:
     assert caught.value.code == code and caught.value.action
 
 
+@pytest.mark.parametrize(("stills", "code"), [
+    (np.zeros((4, SIZE, SIZE, 4), np.uint8), "empty_view"),
+    (np.full((9, SIZE, SIZE, 4), 255, np.uint8), "too_many_views"),
+    (np.full((4, SIZE, SIZE + 2, 4), 255, np.uint8), "bad_array"),  # not square
+])
+def test_bad_pictures_are_refused(capsule, stills, code) -> None:
+    cameras = {name: np.resize(array, (len(stills), *array.shape[1:])) for name, array in
+               (("viewmats", request(*capsule).arrays["viewmats"]), ("Ks", intrinsics(SIZE, 4)))}
+    with pytest.raises(InputError) as caught:
+        run(broken(capsule, views=stills, **cameras), silent)
+    assert caught.value.code == code and caught.value.action
+
+
+def test_one_picture_is_enough_and_the_report_says_what_it_did_not_show(capsule) -> None:
+    one = request(*capsule)
+    one.arrays |= {name: one.arrays[name][:1] for name in ("views", "viewmats", "Ks")}
+    result = run(one, silent)
+    assert result.arrays["video"].shape[0] == 1 and np.isfinite(result.arrays["vertices"]).all()
+    (warning,) = result.report["warnings"]
+    assert warning["code"] == "one_view" and "%" in warning["message"]
+
+
+@pytest.mark.parametrize(("views", "frames", "size", "code"), [
+    (9, 2, (32, 32), "video_too_long"), (1, 65, (32, 32), "video_too_long"), (4, 2, (32, 40), "bad_video_size"),
+])
+def test_bad_videos_are_refused(capsule, views, frames, size, code) -> None:
+    bad = request(*capsule, task="fit", prompt="")
+    cameras = {"viewmats": np.resize(bad.arrays["viewmats"], (views, 4, 4)), "Ks": intrinsics(32, views)}
+    del bad.arrays["views"]
+    bad.arrays |= cameras | {"video": np.zeros((views, frames, *size, 4), np.uint8)}
+    with pytest.raises(InputError) as caught:
+        run(bad, silent)
+    assert caught.value.code == code and caught.value.action
+
+
 def test_missing_pictures_are_named(capsule) -> None:
     bad = request(*capsule)
     del bad.arrays["views"]
@@ -134,22 +182,74 @@ def test_cancel_stops_every_stage(capsule, stage) -> None:
         run(request(*capsule), report)
 
 
-def test_a_video_of_the_users_own(capsule) -> None:
+def bent(capsule, frames: int, size: int = SIZE, **settings) -> tuple[Request, np.ndarray, Similarity]:
+    """A request with a video of the capsule that bends, its vertices in canonical space [F, N, 3], and the way there."""
     vertices, faces = capsule
-    base = request(vertices, faces, task="fit", prompt="", frames=4)
+    base = request(vertices, faces, task="fit", prompt="", frames=frames, **settings)
     similarity = canonical_similarity(vertices)
     mesh = Mesh(similarity.apply(vertices), faces)
     height = mesh.vertices[:, 2] - mesh.vertices[:, 2].min()
     bend = np.stack([0 * height, 0.06 * height**2, 0 * height], 1)
-    truth = np.stack([mesh.vertices + f * bend for f in range(4)]).astype(np.float32)
-    shading = 0.6 + 0.4 * np.sin(5 * mesh.vertices)
-    rgba = render(mesh, truth, orbit_viewmats(), intrinsics(SIZE, 4), SIZE, shading=shading)  # [F, V, H, W, 4]
+    truth = np.stack([mesh.vertices + f * bend for f in range(frames)]).astype(np.float32)
+    base.arrays["Ks"] = intrinsics(size, 4)
+    rgba = render(mesh, truth, orbit_viewmats(), base.arrays["Ks"], size, shading=0.6 + 0.4 * np.sin(5 * mesh.vertices))
     rgba[..., :3] /= np.maximum(rgba[..., 3:], 1e-6)
     del base.arrays["views"]
     base.arrays["video"] = (rgba.transpose(1, 0, 2, 3, 4) * 255).astype(np.uint8)
-    moved = similarity.apply(run(base, silent).arrays["vertices"])
-    error = np.linalg.norm(moved - truth, axis=-1)[1:].mean() / np.linalg.norm(truth - truth[0], axis=-1)[1:].mean()
-    assert error < 0.35
+    return base, truth, similarity
+
+
+def error(found: np.ndarray, truth: np.ndarray) -> float:
+    return np.linalg.norm(found - truth, axis=-1)[1:].mean() / np.linalg.norm(truth - truth[0], axis=-1)[1:].mean()
+
+
+def test_a_video_of_the_users_own(capsule) -> None:
+    base, truth, similarity = bent(capsule, 4)
+    result = run(base, silent)
+    assert error(similarity.apply(result.arrays["vertices"]), truth) < 0.35
+    assert result.report["still_psnr"] > 20
+
+
+def test_a_video_larger_than_the_fit_works_with(capsule) -> None:
+    """The fit reduces it; the stills' Gaussians and the film must be seen by cameras of that size too."""
+    base, truth, similarity = bent(capsule, 2, 320)
+    result = run(base, silent)
+    assert error(similarity.apply(result.arrays["vertices"]), truth) < 0.35
+    shown = np.abs(result.arrays["video"][:, 1].astype(int) - 128).max(-1) > 20  # [V, 256, 256]
+    given = np.stack([cv2.resize(view, (256, 256)) for view in base.arrays["video"][:, 1, ..., 3]]) > 127
+    assert (shown & given).sum() > 0.8 * (shown | given).sum()
+    assert result.report["still_psnr"] > 20
+
+
+def test_refinement_gets_features_and_pins(capsule, monkeypatch) -> None:
+    """The shipped network's features join the field, pinned regions keep their shape in it, and what is pinned stays put."""
+    quick = RefinePreset(rounds=1, steps=3, points=300, compared=100, rigid_samples=16)
+    monkeypatch.setitem(pipeline.PRESETS, "fast", replace(pipeline.PRESETS["fast"], refine=quick))
+    given = {}
+
+    def spy(*arguments, **options):
+        given.update(options, features=arguments[5])
+        given["refined"] = refine_motion(*arguments, **options)
+        return given["refined"]
+
+    monkeypatch.setattr(pipeline, "refine_motion", spy)
+    base, _, _ = bent(capsule, 3)
+    pin = (capsule[0][:, 2] < np.median(capsule[0][:, 2])).astype(np.float32)
+    base.arrays["pin"] = pin
+    vertices = run(base, silent).arrays["vertices"]
+    assert given["features"].shape == (4, 3, 32, 16, 16) and given["refined"].steps == 3
+    np.testing.assert_array_equal(given["pinned"], pin > 0.5)
+    still = np.abs(vertices - vertices[:1]).max((0, 2))
+    assert still[pin == 1].max() < 1e-4 < still[pin == 0].max()
+
+
+def test_no_features_where_nothing_refines(capsule, monkeypatch) -> None:
+    """And a video of one frame, which `fast` doesn't refine either, is a motion that stands still."""
+    monkeypatch.setattr("track4d.video.features.video_features", lambda *_, **__: pytest.fail("features were computed"))
+    base, _, _ = bent(capsule, 2)
+    base.arrays["video"] = base.arrays["video"][:, :1]
+    vertices = run(base, silent).arrays["vertices"]
+    assert len(vertices) == 2 and np.abs(vertices - vertices[:1]).max() < 1e-5
 
 
 def test_the_protocol_lets_in_just_the_presets_that_exist() -> None:

@@ -93,6 +93,14 @@ def test_features_cover_the_picture_and_repeat(clip, model):
     assert video_features(wide, "", clip.viewmats, network=model).shape == (2, 6, 16, 8, 16)
 
 
+def test_a_video_longer_than_the_network_takes_goes_through_in_parts(clip, model):
+    """33 frames at once are too many; they go as 17 and 16, each part with a clean first frame."""
+    long = np.concatenate([clip.video[:1, :, ::8, ::8]] * 6, 1)[:, :33]
+    features = video_features(long, "", clip.viewmats[:1], network=model)
+    assert features.shape[:2] == (1, 33) and np.isfinite(features).all()
+    np.testing.assert_array_equal(features[:, 17:], video_features(long[:, 17:], "", clip.viewmats[:1], network=model))
+
+
 def test_the_first_frame_is_not_noised(clip, model):
     """Its features change with the noise only through the other frames; a clip of one frame has none."""
     names = ["down_blocks.0.motion_modules.0"]

@@ -47,7 +47,8 @@ def video_features(
     """The second up block's temporal features of a multi-view video that is slightly noised (Track4DGen, section 3.2).
 
     Args:
-        video: [V, F, H, W, 4] uint8 sRGB, straight alpha, F up to 32; or pictures [V, H, W, 4], one frame.
+        video: [V, F, H, W, 4] uint8 sRGB, straight alpha; or pictures [V, H, W, 4], one frame. More frames than the network takes
+            at once (32) go through it in parts of equal length.
         prompt: what happens; "" where it is unknown.
         viewmats: [V, 4, 4] world-to-camera, canonical space.
         network: of either size; the shipped small one by default.
@@ -56,14 +57,12 @@ def video_features(
     Returns:
         [V, F, C, h, w] float32. A map covers the whole picture: the centre of cell (i, j) is the place
         ((j + 0.5) / w, (i + 0.5) / h) of it. Cosine is the measure of likeness (Eqs. 4 and 5).
-
-    Raises:
-        InputError: more frames than the network takes.
     """
     network = network or shipped_small()
     name = network.unet.config.temporal_feature
     clip = video[:, None] if video.ndim == 4 else video
-    return all_features(network, clip, prompt, viewmats, [name], seed=seed)[name].numpy()
+    parts = np.array_split(clip, -(-clip.shape[1] // network.unet.config.max_frames), 1)
+    return np.concatenate([all_features(network, part, prompt, viewmats, [name], seed=seed)[name].numpy() for part in parts], 1)
 
 
 @torch.no_grad()

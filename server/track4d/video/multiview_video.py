@@ -85,15 +85,10 @@ class MultiViewVideo:
     def prompt_warnings(self, prompt: str) -> list[dict[str, str]]:
         """A warning when the prompt is longer than what the network reads; the rest of it is left out."""
         if self.encoders:
-            limit = self.encoders.tokenizer.model_max_length
-            count = len(self.encoders.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        else:
-            limit = min(self.unet.config.text_tokens, text.MAX_TOKENS)
-            count = sum(any(text.tokenise(word)) for word in prompt.split())
-        if count <= limit:
-            return []
-        return [{"code": "long_prompt", "message": f"The prompt has {count} tokens, of which the model reads the first {limit}.",
-                 "action": "Say what happens first."}]
+            tokenizer = self.encoders.tokenizer
+            return text.length_warnings(len(tokenizer(prompt, truncation=False, verbose=False).input_ids),
+                                        tokenizer.model_max_length)
+        return text.length_warnings(text.count_tokens(prompt), min(self.unet.config.text_tokens, text.MAX_TOKENS))
 
     def conditions(self, prompt: str, viewmats: Tensor, first_frames: Tensor) -> Conditions:
         """Encodes what stays the same through a whole sampling; no gradient.
@@ -285,14 +280,15 @@ def fitted(pictures: np.ndarray, size: int, cell: int) -> tuple[Tensor, tuple[in
     Returns:
         [V, 4, H', W'] float32 premultiplied RGBA in 0..1; the height and width that the picture takes of it.
     """
-    rgba = pictures.astype(np.float32) / 255
-    if rgba.shape[-1] == 3:
-        rgba = np.concatenate([rgba, np.ones_like(rgba[..., :1])], -1)
-    rgba[..., :3] *= rgba[..., 3:]
-    scale = size / max(rgba.shape[1:3])
-    height, width = (max(1, round(side * scale)) for side in rgba.shape[1:3])
+    scale = size / max(pictures.shape[1:3])
+    height, width = (max(1, round(side * scale)) for side in pictures.shape[1:3])
     shrinks = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    scaled = np.stack([cv2.resize(picture, (width, height), interpolation=shrinks) for picture in rgba]).clip(0, 1)
+    scaled = np.ones((len(pictures), height, width, 4), np.float32)
+    for picture, small in zip(pictures, scaled):  # one at a time: all of a long video's in float32 would be gigabytes
+        rgba = picture.astype(np.float32) / 255
+        if rgba.shape[-1] == 4:
+            rgba[..., :3] *= rgba[..., 3:]
+        small[..., :rgba.shape[-1]] = cv2.resize(rgba, (width, height), interpolation=shrinks).clip(0, 1)
     filled = np.pad(scaled, ((0, 0), (0, -height % cell), (0, -width % cell), (0, 0)))
     return torch.from_numpy(np.ascontiguousarray(filled.transpose(0, 3, 1, 2))), (height, width)
 

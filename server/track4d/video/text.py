@@ -199,6 +199,19 @@ def tokenise(prompt: str) -> list[int]:
     return (ids + [0] * MAX_TOKENS)[:MAX_TOKENS]
 
 
+def count_tokens(prompt: str) -> int:
+    """How many tokens a sentence has, those that `tokenise` leaves out beyond `MAX_TOKENS` too."""
+    return sum(any(tokenise(word)) for word in prompt.split())
+
+
+def length_warnings(count: int, limit: int = MAX_TOKENS) -> list[dict[str, str]]:
+    """A warning when a prompt has more tokens than a model reads."""
+    if count <= limit:
+        return []
+    return [{"code": "long_prompt", "message": f"The prompt has {count} tokens, of which the model reads the first {limit}.",
+             "action": "Say what happens first."}]
+
+
 def known_verbs() -> list[str]:
     """The motions the generator has learnt, for messages to the user."""
     return list(VERB_NAMES)
