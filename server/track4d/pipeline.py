@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from .geometry.mesh import Mesh, check_mesh
 from .geometry.zbuffer import over, render
 from .motion.appearance import estimate_shading
 from .motion.direction import directed
+from .motion.field import quaternion_product
 from .motion.fit import Tracks3D, fit_motion
 from .motion.footage import Footage, read_footage
 from .motion.reconstruct import reconstruct_motion
-from .motion.refine import RefinePreset, object_pictures, refine_motion
+from .motion.refine import object_pictures, refine_motion
+from .motion.sds import motion_prior
 from .presets import FITTED_FRAMES, PRESETS, Preset
 from .progress import JobReport, Report
 from .video.generator import MotionGenerator, decode_video
@@ -34,12 +37,13 @@ from .video.text import count_tokens, length_warnings
 PINNED = 0.5  # vertices held more than this keep their shape while the motion is refined
 
 
-def run(request: Request, report: JobReport) -> Result:
+def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> Result:
     """Animates the request's mesh by its prompt, or by its video.
 
     Args:
         request: mesh, pictures, cameras and settings in the user's space.
         report: gets the progress; may raise `Cancelled`.
+        checkpoint: file of this request alone, from which a run that was interrupted goes on.
 
     Returns:
         The mesh's vertices over time in the user's space, the Gaussians bound to it, a video of both, and the report.
@@ -91,14 +95,19 @@ def run(request: Request, report: JobReport) -> Result:
             field = fit_motion(mesh, video, filming, video_Ks, shading, tracks, quality.fit, settings.seed, report)
             warnings += field.warnings
         else:
-            found = reconstruct_motion(mesh, cloud, footage, quality.paper, seed=settings.seed, report=report)
+            features = diffusion_features(footage, settings.prompt, settings.seed)
+            prior = motion_prior(shipped_generator(), mesh, shading, settings.prompt)
+            found = reconstruct_motion(mesh, cloud, footage, quality.paper, features, motion_prior=prior, seed=settings.seed,
+                                       checkpoint=checkpoint, report=report)
             field, sh = found.field, found.coefficients
         report("fit", 1, 1, motion=similarity.invert(field.vertices))
     if tracks is None and quality.paper is None:  # the generator's video shows its tracks and nothing else: no more to be learnt
         with clock("refine"):
-            features = diffusion_features(footage, settings.prompt, quality.refine, settings.seed)
+            refining = quality.refine.rounds * quality.refine.steps > 0
+            features = diffusion_features(footage, settings.prompt, settings.seed) if refining else None
             field = refine_motion(mesh, field, footage, shading, quality.refine, features,
-                                  pinned=None if pin is None else pin > PINNED, seed=settings.seed, report=report).field
+                                  pinned=None if pin is None else pin > PINNED, seed=settings.seed, checkpoint=checkpoint,
+                                  report=report).field
             if quality.color_steps:
                 cloud, sh = fit_light(cloud, mesh.faces, field.vertices, object_pictures(footage), footage.masks,
                                       footage.viewmats, footage.Ks, quality.sh_degree, quality.sh_terms, quality.color_steps,
@@ -135,8 +144,7 @@ def run(request: Request, report: JobReport) -> Result:
 def describe() -> dict[str, str]:
     """What the server tells its clients of itself; loads the generator, so that the first job finds it warm."""
     shipped_generator()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {"device": device, "model": "Track4D motion, shipped weights", "licence": "CC0 1.0"}
+    return {"device": f"CPU, {os.cpu_count()} cores", "model": "Track4D motion, shipped weights", "licence": "CC0 1.0"}
 
 
 class Clock:
@@ -209,14 +217,14 @@ def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: 
                              steps=quality.appearance_steps)
 
 
-def diffusion_features(footage: Footage, prompt: str, preset: RefinePreset, seed: int) -> torch.Tensor | None:
+def diffusion_features(footage: Footage, prompt: str, seed: int) -> torch.Tensor | None:
     """What the feature network says of the video, for the motion field (Eq. 6 of Track4DGen); [V, F, C, h, w].
 
-    None where no refinement would read it, or where the package was installed without that network.
+    None where the package was installed without that network.
     """
     from .video.features import WEIGHTS, video_features
 
-    if preset.rounds * preset.steps == 0 or not WEIGHTS.exists():
+    if not WEIGHTS.exists():
         return None
     alphas = footage.masks[..., None].astype(np.uint8) * 255
     return torch.from_numpy(video_features(np.concatenate([footage.colors, alphas], -1), prompt, footage.viewmats, seed=seed))
@@ -277,10 +285,8 @@ def turned_back(quats: torch.Tensor, similarity: Similarity) -> torch.Tensor:
     """Orientations [..., 4] wxyz from canonical space to the user's space."""
     from scipy.spatial.transform import Rotation
 
-    x, y, z, w = Rotation.from_matrix(similarity.rotation.T).as_quat()  # canonical to world
-    a, b, c, d = quats.unbind(-1)
-    return torch.stack([w * a - x * b - y * c - z * d, w * b + x * a + y * d - z * c,
-                        w * c - x * d + y * a + z * b, w * d + x * c - y * b + z * a], -1).float()
+    to_world = Rotation.from_matrix(similarity.rotation.T).as_quat()[[3, 0, 1, 2]]
+    return quaternion_product(torch.from_numpy(to_world), quats).float()
 
 
 def turned_sh(coefficients: torch.Tensor, similarity: Similarity) -> torch.Tensor:

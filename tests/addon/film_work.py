@@ -5,7 +5,7 @@ import tiny_work
 from track4d_protocol.messages import Request, Result
 
 
-def run(request: Request, report) -> Result:
+def run(request: Request, report, checkpoint=None) -> Result:
     """The wave of `tiny_work`; each view of its film is a grey ramp over time."""
     result = tiny_work.run(request, report)
     arrays, frames = request.arrays, request.settings.frames

@@ -15,7 +15,7 @@ def describe() -> dict[str, str]:
     return {"device": "tiny device", "model": "tiny model", "licence": "CC0 1.0"}
 
 
-def run(request: Request, report) -> Result:
+def run(request: Request, report, checkpoint=None) -> Result:
     """A vertical wave through the captured vertices, at rest in frame 0; film and motion are known after the first step."""
     settings, vertices = request.settings, request.arrays["vertices"]
     steps = 200 if "very slowly" in settings.prompt else 50 if "slowly" in settings.prompt else 8

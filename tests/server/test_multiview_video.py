@@ -104,11 +104,11 @@ def test_4d_sds_pulls_rendered_pictures(request: pytest.FixtureRequest, which: s
     still = torch.rand(2, 4, size, size, generator=generator)
     moving = torch.rand(3, 2, size, size, 4, generator=generator).requires_grad_()  # [M, V, S, S, 4]
     prior = video_prior(model, PROMPT, torch.from_numpy(VIEWMATS), still)
-    loss = prior(moving)
+    loss = prior(moving, generator)
     loss.backward()
     assert loss.ndim == 0 and float(loss.detach()) > 0 and torch.isfinite(moving.grad).all()
     assert (moving.grad.abs().amax((2, 3)) > 0).all()
-    assert float(prior(moving.detach())) != float(loss.detach())  # another step, other noise
+    assert float(prior(moving.detach(), generator)) != float(loss.detach())  # another step, other noise
 
 
 def test_a_prompt_of_500_words_is_cut_off_as_clip_does_and_says_so(model: MultiViewVideo, small: MultiViewVideo) -> None:

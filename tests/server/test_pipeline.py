@@ -9,6 +9,8 @@ import trimesh
 from track4d import pipeline
 from track4d.geometry.mesh import Mesh
 from track4d.geometry.zbuffer import render
+from track4d.motion.hexplane import HexPlaneSize
+from track4d.motion.reconstruct import PAPER, reconstruct_motion
 from track4d.motion.refine import RefinePreset, refine_motion
 from track4d.pipeline import run
 from track4d.progress import silent
@@ -250,6 +252,40 @@ def test_no_features_where_nothing_refines(capsule, monkeypatch) -> None:
     base.arrays["video"] = base.arrays["video"][:, :1]
     vertices = run(base, silent).arrays["vertices"]
     assert len(vertices) == 2 and np.abs(vertices - vertices[:1]).max() < 1e-5
+
+
+def test_the_paper_preset_runs_whole_and_goes_on_from_a_checkpoint(capsule, monkeypatch, tmp_path) -> None:
+    quick = replace(PAPER, reconstruction=4, distillation=4, frames_every=2, planes=HexPlaneSize(((8, 8, 8, 4),), 8))
+    small = replace(pipeline.PRESETS["paper"], paper=quick, gaussians=400, appearance_steps=2)
+    monkeypatch.setitem(pipeline.PRESETS, "paper", small)
+    given = {}
+
+    def spy(*arguments, motion_prior, **options):
+        given.update(features=arguments[4], priors=0)
+
+        def counted(tracks, generator):
+            given["priors"] += 1
+            return motion_prior(tracks, generator)
+
+        return reconstruct_motion(*arguments, motion_prior=counted, **options, every=3)
+
+    monkeypatch.setattr(pipeline, "reconstruct_motion", spy)
+    base, _, _ = bent(capsule, 3)
+    base.settings = replace(base.settings, preset="paper")
+    whole = run(base, silent).arrays["vertices"]
+    assert given["features"].shape[:2] == (4, 3) and given["priors"] == 4
+
+    def stop(stage, step, total, preview=None, motion=None):
+        if stage == "fit" and (step, total) == (7, 8):
+            raise Cancelled()
+
+    file = tmp_path / "job.checkpoint"
+    with pytest.raises(Cancelled):
+        run(base, stop, file)
+    assert file.exists()
+    again = run(base, silent, file).arrays["vertices"]
+    assert given["priors"] == 2  # steps 6 and 7 alone
+    np.testing.assert_array_equal(again, whole)
 
 
 def test_the_protocol_lets_in_just_the_presets_that_exist() -> None:

@@ -44,12 +44,12 @@ def test_pictures_alone_move_the_ball(scene) -> None:
     mesh, truth, footage, cloud = scene
     seen = []
 
-    def prior(pictures: torch.Tensor) -> torch.Tensor:
+    def prior(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         seen.append(tuple(pictures.shape))
         return pictures.square().mean()
 
     longer = replace(SMALL, reconstruction=60, head_rate=1e-2)
-    found = reconstruct_motion(mesh, cloud, footage, longer, prior=prior)
+    found = reconstruct_motion(mesh, cloud, footage, longer, video_prior=prior)
     assert found.steps == 66 and seen == [(3, 4, SIZE, SIZE, 4)] * 6  # only in the last phase, on all moving frames
     np.testing.assert_array_equal(found.field.vertices[0], mesh.vertices)
     left = np.linalg.norm(found.field.vertices - truth, axis=-1)[1:].mean() / np.linalg.norm(truth - truth[0], axis=-1)[1:].mean()
@@ -61,7 +61,11 @@ def test_interrupted_reconstruction_goes_on_bit_for_bit(scene, tmp_path) -> None
     mesh, _, footage, cloud = scene
     features = torch.randn(4, 4, 20, 6, 6, generator=torch.Generator().manual_seed(0))
     small = replace(SMALL, batch=2)
-    whole = reconstruct_motion(mesh, cloud, footage, small, features)
+
+    def prior(tracks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return 100 * (tracks[1:] * torch.randn(tracks[1:].shape, generator=generator)).sum()
+
+    whole = reconstruct_motion(mesh, cloud, footage, small, features, motion_prior=prior)
 
     def stop(stage, step, total, preview=None):
         if step == 26:
@@ -69,8 +73,8 @@ def test_interrupted_reconstruction_goes_on_bit_for_bit(scene, tmp_path) -> None
 
     file = tmp_path / "run.ckpt"
     with pytest.raises(Cancelled):
-        reconstruct_motion(mesh, cloud, footage, small, features, checkpoint=file, every=8, report=stop)
-    resumed = reconstruct_motion(mesh, cloud, footage, small, features, checkpoint=file)
+        reconstruct_motion(mesh, cloud, footage, small, features, motion_prior=prior, checkpoint=file, every=8, report=stop)
+    resumed = reconstruct_motion(mesh, cloud, footage, small, features, motion_prior=prior, checkpoint=file)
     np.testing.assert_array_equal(resumed.field.vertices, whole.field.vertices)
     assert torch.equal(resumed.coefficients, whole.coefficients)
 

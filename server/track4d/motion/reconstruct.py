@@ -5,7 +5,6 @@ It needs no registration and leaves more of the motion unfound than `fit` (docs/
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,7 @@ from .footage import Footage
 from .hexplane import PAPER_PLANES, HexPlaneSize
 from .hybrid_features import WIDTH, hybrid_features, reduced_planes, visible_by_rays
 from .losses import arap_energy, reconstruction_loss
-
-Prior = Callable[[Tensor], Tensor]  # premultiplied RGBA [F, V, S, S, 4] of the moving frames to the loss: `sds.video_prior`
+from .sds import Prior
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,8 @@ class Reconstruction:
 
 
 def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: PaperPreset = PAPER, features: Tensor | None = None,
-                       prior: Prior | None = None, seed: int = 0, checkpoint: Path | None = None, every: int = 50,
-                       report: Report = silent) -> Reconstruction:
+                       video_prior: Prior | None = None, motion_prior: Prior | None = None, seed: int = 0,
+                       checkpoint: Path | None = None, every: int = 50, report: Report = silent) -> Reconstruction:
     """Finds a motion by the pictures of Gaussians (Eq. 6 to 11 of Track4DGen).
 
     Args:
@@ -98,7 +96,8 @@ def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: Paper
         footage: the multi-view video.
         preset: weights and schedule.
         features: [V, F, C, h, w] of the video model; without them the field has hex-planes alone.
-        prior: the video model's 4D-SDS loss; without it that term is left out.
+        video_prior, motion_prior: 4D-SDS by the video model on premultiplied RGBA [F, V, S, S, 4] of the moving frames, and by
+            the motion generator on the vertices [F, N, 3] (`sds.py`); without them that term is left out.
         seed: of the start and of the random choices.
         checkpoint: file that the state goes to every `every` steps, and comes from if it exists.
         report: called at every step with "fit"; may raise `Cancelled`.
@@ -145,13 +144,17 @@ def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: Paper
         if distilling:
             samples = torch.randint(len(rest_means), (preset.arap_samples,), generator=generator)
             loss = loss + preset.arap * arap_energy(rest_means, means, neighbours, samples)
-            if prior is not None:
-                loss = loss + preset.sds * prior(torch.cat([rgb, alpha[..., None]], -1))
+            if video_prior is not None:
+                loss = loss + preset.sds * video_prior(torch.cat([rgb, alpha[..., None]], -1), generator)
+            if motion_prior is not None:
+                loss = loss + preset.sds * motion_prior(_vertices(mesh, field, times, known, len(cloud)), generator)
         run.advance(loss)
         if checkpoint is not None and run.step % every == 0:
             run.save(checkpoint)
     report("fit", total, total)
-    motion = _mesh_motion(mesh, field, times, None if known is None else known[:, len(cloud):])
+    with torch.no_grad():
+        vertices = _vertices(mesh, field, times, known, len(cloud)).numpy()
+    motion = MotionField(vertices, np.zeros(vertices.shape[:2], np.float32))  # nothing is known of what views have seen
     return Reconstruction(motion, field, model.coefficients.detach(), run.step)
 
 
@@ -163,12 +166,15 @@ def _still_features(mesh: Mesh, footage: Footage, planes: Tensor, points: Tensor
     return hybrid_features(planes, everywhere, torch.from_numpy(seen).expand(footage.frames, -1, -1), viewmats, Ks, footage.size)
 
 
-def _mesh_motion(mesh: Mesh, field: HybridField, times: Tensor, diffusion: Tensor | None) -> MotionField:
-    """Where the field takes the mesh's vertices; frame 0 is the mesh itself. Nothing is known of what views have seen."""
+def _vertices(mesh: Mesh, field: HybridField, times: Tensor, known: Tensor | None, gaussians: int) -> Tensor:
+    """Where the field takes the mesh's vertices, [F, N, 3]; frame 0 is the mesh itself.
+
+    Args:
+        known: [F, G + N, D] features of the Gaussians and of the vertices.
+        gaussians: G.
+    """
     rest = torch.from_numpy(mesh.vertices)
-    vertices = np.empty((len(times), *mesh.vertices.shape), np.float32)
-    with torch.no_grad():
-        for some in torch.arange(len(rest)).split(BLOCK):
-            vertices[:, some] = field.move(rest[some], times, None if diffusion is None else diffusion[:, some]).numpy()
-    vertices[0] = mesh.vertices
-    return MotionField(vertices, np.zeros(vertices.shape[:2], np.float32))
+    diffusion = None if known is None else known[1:, gaussians:]
+    moving = [field.move(rest[some], times[1:], None if diffusion is None else diffusion[:, some])
+              for some in torch.arange(len(rest)).split(BLOCK)]
+    return torch.cat([rest[None], torch.cat(moving, 1)])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from track4d_protocol import codec
+from track4d_protocol import __version__, codec
 from track4d_protocol.errors import InputError, ServerError
 from track4d_protocol.limits import LIMITS, Limits
 from track4d_protocol.messages import Job, JobState, Request, Settings
@@ -53,6 +53,11 @@ def request_path(home: Path, job_id: str) -> Path:
 def result_path(home: Path, job_id: str) -> Path:
     """Where a job's result lies once it is done."""
     return _file(home, job_id, "result")
+
+
+def checkpoint_path(home: Path, job_id: str) -> Path:
+    """Where a running job keeps its state, for the next worker of the same version if this one dies."""
+    return _file(home, job_id, f"{__version__}.checkpoint")
 
 
 def _file(home: Path, job_id: str, kind: str) -> Path:
@@ -175,6 +180,7 @@ class Store:
     def _remove_files(self, job_id: str, keep_result: bool = False) -> None:
         with contextlib.suppress(OSError):  # a file that is open on Windows goes with the next start
             request_path(self.home, job_id).unlink(missing_ok=True)
+            checkpoint_path(self.home, job_id).unlink(missing_ok=True)
             if not keep_result:
                 result_path(self.home, job_id).unlink(missing_ok=True)
 
@@ -195,10 +201,11 @@ class Store:
                 self._update(job.id, state=JobState.FAILED.value, error=json.dumps(error.to_dict()))
             else:
                 self._update(job.id, counting="restarts", state=JobState.QUEUED.value)
-        needed = {request_path(self.home, job.id) for job in self.all() if not job.state.final}
+        unfinished = [job.id for job in self.all() if not job.state.final]
+        needed = {path(self.home, job_id) for job_id in unfinished for path in (request_path, checkpoint_path)}
         needed |= {result_path(self.home, job.id) for job in self.all() if job.state is JobState.DONE}
         for path in (self.home / "jobs").iterdir():
-            if path not in needed and path.suffix in (".request", ".result", ".tmp"):
+            if path not in needed and path.suffix in (".request", ".result", ".checkpoint", ".tmp"):
                 path.unlink(missing_ok=True)
 
 

@@ -26,9 +26,9 @@ import zmq
 from track4d_protocol import codec
 from track4d_protocol.errors import Cancelled, ServerError, Track4DError
 from track4d_protocol.local import LOG_FILE
-from track4d_protocol.messages import Request, Result
+from track4d_protocol.messages import Result
 
-from .store import load_request, result_path, storing
+from .store import checkpoint_path, load_request, result_path, storing
 
 _INTERVAL = 0.1  # seconds between two messages about progress
 _PREVIEW_SIDE = 512  # pixels; larger pictures are thinned out
@@ -134,8 +134,8 @@ def spread_points(vertices: np.ndarray, most: int = _MOTION_POINTS) -> np.ndarra
     return np.sort(chosen).astype(np.int32)
 
 
-def perform(home: Path, job_id: str, work: Callable[[Request, Any], Result], report: Any, queued: float) -> None:
-    """Does one job: request file in, result file out.
+def perform(home: Path, job_id: str, work: Callable[..., Result], report: Any, queued: float) -> None:
+    """Does one job: request file in, result file out. It goes on from where an earlier worker of the same job ended.
 
     Args:
         queued: seconds that the job waited, for the report.
@@ -147,7 +147,7 @@ def perform(home: Path, job_id: str, work: Callable[[Request, Any], Result], rep
     request = load_request(home, job_id)
     loaded = time.monotonic()
     _forget_peak()
-    result = work(request, report)
+    result = work(request, report, checkpoint_path(home, job_id))
     figures = {"settings": request.settings.to_dict(), "queued_seconds": round(queued, 4),
                "load_seconds": round(loaded - start, 4), "run_seconds": round(time.monotonic() - loaded, 4),
                "peak_memory_bytes": peak_memory()}
@@ -187,7 +187,7 @@ def error_of(exception: Exception, job_id: str) -> ServerError:
                        f"Report this with the part of '{LOG_FILE}' in the server's folder that names the job.")
 
 
-def load(work: str) -> tuple[Callable[[Request, Any], Result], dict[str, str]]:
+def load(work: str) -> tuple[Callable[..., Result], dict[str, str]]:
     """Imports "module:function"; a function `describe()` beside it, -> {"device", "model", "licence"}, says what it runs on.
 
     Raises:
@@ -226,7 +226,7 @@ def main() -> None:
             _one_job(home, link, work, str(message.body["job"]), float(message.body["queued_seconds"]))
 
 
-def _one_job(home: Path, link: _Link, work: Callable[[Request, Any], Result], job_id: str, queued: float) -> None:
+def _one_job(home: Path, link: _Link, work: Callable[..., Result], job_id: str, queued: float) -> None:
     try:
         perform(home, job_id, work, _JobReport(link, job_id), queued)
         link.say("worker_done", {"job": job_id})

@@ -16,12 +16,15 @@ def describe() -> dict[str, str]:
     return {"device": "test device", "model": "test model"}
 
 
-def run(request, report) -> Result:
+def run(request, report, checkpoint) -> Result:
     """Does what the first words of the prompt say."""
     what, *words = request.settings.prompt.split()
     with open(MARKER, "a") as file:
         file.write(f"{request.settings.prompt}\n")
-    {"quick": quick, "sleep": sleep, "ignore": ignore, "fail": fail, "die": die}[what](report, *words)
+    if what == "resume":
+        resume(checkpoint)
+    else:
+        {"quick": quick, "sleep": sleep, "ignore": ignore, "fail": fail, "die": die}[what](report, *words)
     report("done", 1, 1, PREVIEW)
     if what == "quick" and words:
         return Result({}, {"vertices": np.zeros((16, int(words[0]), 3), np.float32)})
@@ -54,6 +57,14 @@ def fail(report, how) -> None:
     raise {"input": InputError("bad_thing", "The thing is bad.", "Use another thing."),
            "bug": KeyError("no such thing"),
            "memory": MemoryError()}[how]
+
+
+def resume(checkpoint) -> None:
+    """The first worker leaves its state behind and dies, the second goes on from there."""
+    if not checkpoint.exists():
+        checkpoint.write_text("half of it")
+        os.kill(os.getpid(), 9)
+    assert checkpoint.read_text() == "half of it"
 
 
 def die(report, how="always") -> None:

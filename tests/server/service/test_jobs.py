@@ -115,6 +115,12 @@ def test_a_job_survives_one_death_of_its_worker(client, server, service):
     assert server.runs("die once") == 2
 
 
+def test_the_next_worker_goes_on_from_where_the_last_one_died(client, server, service):
+    assert service.finish(client, submit(service, client, "resume")).state is JobState.DONE
+    assert server.runs("resume") == 2
+    assert not list((server.home / "jobs").glob("*.checkpoint"))  # nobody needs it any more
+
+
 def test_a_job_that_kills_two_workers_fails_and_the_server_lives(client, server, service):
     job = service.finish(client, submit(service, client, "die"))
     assert job.state is JobState.FAILED and job.error["code"] == "worker_died"
