@@ -3,7 +3,7 @@
 The work is done by this same file, run as a script in a process of its own: it goes on when Blender is closed, and tells where
 it is by a small file beside the environment. Nothing here touches bpy.
 
-    python local_setup.py install HOME --python PYTHON --package track4d [--no-index] --path FOLDER
+    python local_setup.py install HOME --python PYTHON --package WHEEL [--no-index] --path FOLDER
     python local_setup.py remove HOME --path FOLDER
 """
 
@@ -26,7 +26,8 @@ from pathlib import Path
 ENVIRONMENT, STATUS, LOG, LOCK = "environment", "setup.json", "setup.log", "setup.lock"
 STEPS = ("Making the environment", "Installing the server", "Trying it out")
 NO_NETWORK = ("1", "true", "yes", "on")
-CHECK = "import track4d, track4d_protocol; print(track4d_protocol.__version__)"
+WHEELS = "server_wheel"  # folder of the extension with the server itself, as tools/build_extension.py knows it
+CHECK = "import track4d.pipeline, track4d.service, track4d_protocol; print(track4d_protocol.__version__)"
 _FOREIGN = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER")
 
 
@@ -77,17 +78,22 @@ def read_status(home: Path) -> Status:
     return status
 
 
-def start(home: Path, action: str, python: str = "", package: str = "track4d", online: bool = True) -> None:
+def bundled_server() -> Path | None:
+    """The server's wheel that came with the extension; None where the add-on runs from its source."""
+    return next((Path(__file__).parent / WHEELS).glob("track4d-*.whl"), None)
+
+
+def start(home: Path, action: str, python: str = "", package: str = "", online: bool = True) -> None:
     """Begins to "install" or to "remove"; returns at once.
 
     Args:
         home: the server's folder; the environment is made in it.
         python: interpreter to make the environment with; Blender's own when empty.
-        package: what pip shall install: a requirement, a wheel or a folder with the source.
+        package: what pip shall install, such as a wheel or a folder with the source; the bundled server when empty.
         online: whether Blender allows traffic beyond this computer; without it, pip gets no index.
 
     Raises:
-        TransportError: `offline`, `home_unwritable`, or `setup_running` when one is at work.
+        TransportError: `offline`, `no_server_wheel`, `home_unwritable`, or `setup_running` when one is at work.
     """
     import track4d_protocol
     from track4d_protocol.errors import TransportError
@@ -96,11 +102,18 @@ def start(home: Path, action: str, python: str = "", package: str = "track4d", o
     if action == "install" and not online and not local:
         raise TransportError(
             "offline",
-            "The server must be downloaded, and Blender's online access is switched off.",
+            "What the server needs must be downloaded, and Blender's online access is switched off.",
             "Allow online access in Preferences > System, or set PIP_NO_INDEX=1 and PIP_FIND_LINKS to a folder of wheels.",
         )
     if read_status(home).busy:
         raise TransportError("setup_running", f"A set-up in '{home}' is at work already.", "Wait until it is done, or stop it.")
+    package = package or str(bundled_server() or "")
+    if action == "install" and not package:
+        raise TransportError(
+            "no_server_wheel",
+            "This copy of the extension carries no server.",
+            "Install the extension from its zip, or name the source's folder as Package in the preferences.",
+        )
     path = Path(track4d_protocol.__file__).parents[1]
     line = [sys.executable, str(Path(__file__).resolve()), action, str(home), "--path", str(path)]
     if action == "install":
@@ -252,7 +265,7 @@ def main() -> None:
     parser.add_argument("action", choices=("install", "remove"))
     parser.add_argument("home", type=Path)
     parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("--package", default="track4d")
+    parser.add_argument("--package", default="")
     parser.add_argument("--no-index", action="store_true")
     parser.add_argument("--path", required=True, help="folder of the package track4d_protocol")
     chosen = parser.parse_args()

@@ -1,8 +1,9 @@
 """Build the Blender extension: `python tools/build_extension.py` writes dist/track4d-<version>.zip.
 
 The wheels named in blender_manifest.toml are downloaded once into build/wheels, so that later builds need no network;
-the one of `track4d_protocol` is built from protocol/. The package is staged in a temporary folder, then built and
-validated by Blender's own tool, which is plain Python inside the `bpy` wheel.
+the one of `track4d_protocol` is built from protocol/. The server's own wheel is built from the whole source and lies in a
+folder of the zip that Blender leaves alone, for "Set Up Local Server"; the same file is put into dist/. The package is
+staged in a temporary folder, then built and validated by Blender's own tool, which is plain Python inside the `bpy` wheel.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WHEELS = ROOT / "build" / "wheels"
 DIST = ROOT / "dist"
 PROTOCOL = "track4d_protocol"
+SERVER = "server_wheel"  # folder in the zip, as addon/local_setup.py knows it
+SOURCE = ("pyproject.toml", "README.md", "LICENSE", "protocol", "server", "addon")  # what the server's wheel is built from
 
 
 class Wheel(NamedTuple):
@@ -47,7 +50,7 @@ def blender_tool() -> Path:
     """Path of Blender's `blender_ext.py`, found inside the installed bpy without importing it."""
     spec = find_spec("bpy")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("The package bpy is missing. Install it with: pip install 'track4d[blender]'")
+        raise SystemExit("The package bpy is missing. Install it with: pip install bpy")
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*/scripts/addons_core/bl_pkg/cli/blender_ext.py"))
     if not found:
         raise SystemExit("This bpy carries no blender_ext.py; it needs to be 4.2 or later.")
@@ -99,14 +102,38 @@ def download(wheel: Wheel) -> None:
 
 
 def build_protocol(wheel: Wheel, work: Path, wheels: Path) -> None:
-    """Build the wheel of `track4d_protocol` from a copy in `work`, so that no build files land in protocol/."""
-    source = work / "protocol"
-    shutil.copytree(ROOT / "protocol", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
-    subprocess.run([*command, "--no-build-isolation", "--wheel-dir", str(wheels), str(source)], check=True)
+    """Build the wheel of `track4d_protocol`."""
+    copy_source("protocol", work / "protocol")
+    build_wheel(work / "protocol", wheels)
     built = next(wheels.glob(f"{PROTOCOL}-*.whl")).name
     if built != wheel.filename:
         raise SystemExit(f"protocol/ gives {built}, blender_manifest.toml lists {wheel.filename}: make them agree.")
+
+
+def build_server(version: str, work: Path, wheels: Path) -> Path:
+    """Build the wheel of the whole distribution: server, protocol, and the client for files."""
+    for name in SOURCE:
+        copy_source(name, work / "source" / name)
+    build_wheel(work / "source", wheels)
+    built = next(wheels.glob("track4d-*.whl"))
+    if Wheel.parse(built.name) != Wheel("track4d", version, "py3", "none", "any"):
+        raise SystemExit(f"The source gives {built.name}, blender_manifest.toml has version {version}: make them agree.")
+    return built
+
+
+def copy_source(name: str, target: Path) -> None:
+    """Copy a file or folder of the source, so that no build files land beside it."""
+    target.parent.mkdir(exist_ok=True)
+    if (ROOT / name).is_file():
+        shutil.copy(ROOT / name, target)
+    else:
+        shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*"))
+
+
+def build_wheel(source: Path, wheels: Path) -> None:
+    """Build a wheel without looking at the network."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
+    subprocess.run([*command, "--no-build-isolation", "--wheel-dir", str(wheels), str(source)], check=True)
 
 
 def stage(manifest: str, wheels: list[Wheel], work: Path) -> Path:
@@ -120,6 +147,9 @@ def stage(manifest: str, wheels: list[Wheel], work: Path) -> Path:
             build_protocol(wheel, work, folder / "wheels")
         else:
             shutil.copy(WHEELS / wheel.filename, folder / "wheels")
+    (folder / SERVER).mkdir()
+    server = build_server(tomllib.loads(manifest)["version"], work, folder / SERVER)
+    shutil.copy(server, DIST)
     listed = "".join(f'  "./wheels/{wheel.filename}",\n' for wheel in wheels)
     manifest = re.sub(r"(?ms)^wheels = \[.*?^\]", f"wheels = [\n{listed}]", manifest)
     (folder / "blender_manifest.toml").write_text(manifest, "utf-8")

@@ -67,7 +67,8 @@ def rasteriser() -> Finding:
     if not torch.cuda.is_available():
         return Finding("ok", "rasteriser", "Numba on the CPU")
     if find_spec("gsplat") is None:
-        return Finding("note", "rasteriser", "Numba on the CPU, though there is a GPU.", "pip install track4d[cuda]")
+        return Finding("note", "rasteriser", "Numba on the CPU, though there is a GPU.",
+                       f'{sys.executable} -m pip install "gsplat>=1.5.3"')
     return Finding("ok", "rasteriser", f"gsplat {importlib.metadata.version('gsplat')} on the GPU")
 
 
@@ -76,7 +77,7 @@ def transport() -> Finding:
 
     if not zmq.has("curve"):
         return Finding("broken", "transport", f"pyzmq {zmq.pyzmq_version()} was built without CURVE.",
-                       "pip install --force-reinstall pyzmq")
+                       f"{sys.executable} -m pip install --force-reinstall pyzmq")
     return Finding("ok", "transport", f"ZeroMQ {zmq.zmq_version()} with CURVE")
 
 
@@ -84,7 +85,7 @@ def blender() -> Finding:
     if find_spec("bpy") is None:
         wanted = "bpy==5.0.1" if sys.version_info[:2] == (3, 11) else "bpy"
         return Finding("note", "Blender", "bpy is not installed: the server works, `track4d animate FILE` does not.",
-                       f"pip install {wanted}")
+                       f"{sys.executable} -m pip install {wanted}")
     return Finding("ok", "Blender", f"bpy {importlib.metadata.version('bpy')}")
 
 

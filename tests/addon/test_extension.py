@@ -56,12 +56,17 @@ def test_zip_holds_the_extension_and_nothing_else(archive, builder):
         names = set(content.namelist())
         protocol = zipfile.ZipFile(content.open(f"wheels/track4d_protocol-{__version__}-py3-none-any.whl")).namelist()
     assert {"blender_manifest.toml", "__init__.py", "LICENSE", "operators/animation.py", "capture/__init__.py"} <= names
-    assert {Path(w).name for w in MANIFEST["wheels"]} == {Path(n).name for n in names if n.endswith(".whl")}
+    assert {Path(w).name for w in MANIFEST["wheels"]} == {Path(n).name for n in names if n.startswith("wheels/")}
+    server = f"server_wheel/track4d-{__version__}-py3-none-any.whl"  # for "Set Up Local Server"; Blender leaves it alone
+    with zipfile.ZipFile(archive) as content, zipfile.ZipFile(content.open(server)) as wheel:
+        held = wheel.namelist()
+    assert {"track4d/cli.py", "track4d/video/weights/motion.safetensors", "track4d_protocol/client.py"} <= set(held)
+    assert not [name for name in held if not name.startswith(("track4d/", "track4d_protocol/", "track4d_addon/", "track4d-"))]
     allowed = {p.relative_to(ROOT / "addon").as_posix() for p in (ROOT / "addon").rglob("*.py")} | {
         "blender_manifest.toml",
         "LICENSE",
     }
-    assert {n for n in names if not n.startswith("wheels/")} <= allowed
+    assert {n for n in names if not n.startswith("wheels/")} <= allowed | {server}
     assert "track4d_protocol/client.py" in protocol
 
 

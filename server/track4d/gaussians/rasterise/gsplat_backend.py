@@ -25,7 +25,8 @@ def rasterise_gsplat(means: Tensor, quats: Tensor, scales: Tensor, opacities: Te
         from gsplat import rasterization
     except ImportError as error:
         raise ServerError("gsplat_missing", f"The GPU rasteriser gsplat can't be imported ({error}).",
-                          "Run `pip install track4d[cuda]`; it compiles on first use and needs nvcc and a C++ compiler."
+                          "Run `python -m pip install gsplat` with the server's Python; it compiles on first use and needs nvcc "
+                          "and a C++ compiler."
                           ) from error
 
     frames, gaussians = means.shape[:2]
