@@ -1,6 +1,7 @@
 """The three walls of the house: who may import whom."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # root folder -> packages it never imports
 WALLS = {
-    "protocol": {"bpy", "torch", "track4d", "track4d_addon", "scipy", "numba", "cv2"},
     "addon": {"torch", "track4d", "track4d_addon", "scipy", "numba", "cv2", "trimesh"},
     "server": {"bpy", "track4d_addon", "mathutils", "bmesh"},
 }
@@ -32,6 +32,11 @@ def test_wall_holds(root: str) -> None:
     assert files, f"no files under {root}"
     broken = {str(f.relative_to(ROOT)): sorted(imported(f) & WALLS[root]) for f in files if imported(f) & WALLS[root]}
     assert not broken
+
+
+def test_the_protocol_needs_three_packages_and_no_more() -> None:
+    used = set().union(*map(imported, (ROOT / "protocol").rglob("*.py")))
+    assert used - set(sys.stdlib_module_names) - {"track4d_protocol"} == {"numpy", "zmq", "msgpack"}
 
 
 def test_the_check_sees_an_import_inside_a_function(tmp_path: Path) -> None:

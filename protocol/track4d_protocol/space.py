@@ -128,8 +128,3 @@ _OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 def viewmat_to_camera_matrix(viewmat: np.ndarray) -> np.ndarray:
     """World-to-camera in OpenCV axes [..., 4, 4] to Blender's camera `matrix_world` (OpenGL axes)."""
     return np.linalg.inv(np.asarray(viewmat, np.float64)) @ _OPENCV_TO_OPENGL
-
-
-def camera_matrix_to_viewmat(matrix_world: np.ndarray) -> np.ndarray:
-    """The inverse of `viewmat_to_camera_matrix`; float64 [..., 4, 4]."""
-    return np.linalg.inv(np.asarray(matrix_world, np.float64) @ _OPENCV_TO_OPENGL)

@@ -184,6 +184,22 @@ def test_cancel_stops_every_stage(capsule, stage) -> None:
         run(request(*capsule), report)
 
 
+@pytest.mark.parametrize("stage", ["canonicalise", "appearance", "fit", "refine", "sample"])
+def test_cancel_stops_every_stage_of_a_fit(capsule, monkeypatch, stage) -> None:
+    quick = RefinePreset(rounds=1, steps=3, points=300, compared=100, rigid_samples=16)
+    monkeypatch.setitem(pipeline.PRESETS, "fast", replace(pipeline.PRESETS["fast"], refine=quick))
+    steps = []
+
+    def report(name, step, total, preview=None, motion=None):
+        steps.append((name, step))
+        if name == stage and (step > 0 or stage not in ("fit", "refine")):  # in the middle, where there is one
+            raise Cancelled()
+
+    with pytest.raises(Cancelled):
+        run(bent(capsule, 3)[0], report)
+    assert steps[-1][0] == stage
+
+
 def bent(capsule, frames: int, size: int = SIZE, **settings) -> tuple[Request, np.ndarray, Similarity]:
     """A request with a video of the capsule that bends, its vertices in canonical space [F, N, 3], and the way there."""
     vertices, faces = capsule

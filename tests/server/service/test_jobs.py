@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from track4d.service.store import result_path
 from track4d_protocol import codec
 from track4d_protocol.errors import InputError, ServerError, error_from_dict
 from track4d_protocol.messages import JobState
@@ -113,6 +114,15 @@ def test_lack_of_memory_is_called_so(client, service):
 def test_a_job_survives_one_death_of_its_worker(client, server, service):
     assert service.finish(client, submit(service, client, "die once")).state is JobState.DONE
     assert server.runs("die once") == 2
+
+
+def test_a_result_that_left_the_disk_is_called_lost(client, server, service):
+    job_id = submit(service, client, "quick")
+    service.finish(client, job_id)
+    result_path(server.home, job_id).unlink()
+    with pytest.raises(ServerError) as caught:
+        client.fetch(job_id)
+    assert caught.value.code == "result_lost" and "again" in caught.value.action
 
 
 def test_the_next_worker_goes_on_from_where_the_last_one_died(client, server, service):
