@@ -92,6 +92,7 @@ def show(views: int, frames: int, resolution: int | None, console: Console) -> N
     import psutil
     import torch
 
+    from .video.features import FEATURE_UNET
     from .video.unet import UNetConfig
 
     if resolution and resolution % VAE_SCALE:
@@ -99,7 +100,7 @@ def show(views: int, frames: int, resolution: int | None, console: Console) -> N
                          f"Use {max(1, round(resolution / VAE_SCALE)) * VAE_SCALE}.")
     table = Table("size", "video", "parameters", "TFLOP per step", "weights GB", "peak GB", "in half precision")
     for name, config, pixels, scale in (("published", UNetConfig.published(), resolution or 256, VAE_SCALE),
-                                        ("small", UNetConfig.small(), resolution or 64, 1)):
+                                        ("shipped", FEATURE_UNET, resolution or 64, 1)):
         cost = plan(config, views, frames, pixels // scale, pixels // scale)
         table.add_row(name, f"{views} x {frames} x {pixels} px", f"{cost.parameters:,}", f"{GUIDED * cost.flops / 1e12:.3f}",
                       f"{cost.weights / GIGABYTE:.3f}", f"{cost.peak / GIGABYTE:.2f}", f"{cost.peak / 2 / GIGABYTE:.2f}")

@@ -190,6 +190,12 @@ def test_a_resumed_training_ends_with_the_same_bits(whole, tmp_path):
     assert [step for step, _ in checkpoints(tmp_path)] == [4]
 
 
+def test_without_tensorboard_training_goes_on_and_draws_its_sheets(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])  # as accelerate finds them at its import
+    assert same(run(tmp_path, validation=Procedural(validation=True)), whole[1])
+    assert (tmp_path / "sheets" / "000004.png").exists() and not list((tmp_path / "logs").rglob("events*"))
+
+
 def test_another_seed_gives_other_weights(whole, tmp_path):
     assert not same(run(tmp_path, replace(SHORT, seed=1)), whole[1])
 

@@ -361,5 +361,6 @@ def write_sheet(
     flat = (on_background(picture)[0].permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8)
     (out / "sheets").mkdir(exist_ok=True)
     cv2.imwrite(str(out / "sheets" / f"{step:06d}.png"), flat[..., ::-1])
-    accelerator.get_tracker("tensorboard").log_images({"sample": flat[None]}, step, dataformats="NHWC")
+    for tracker in accelerator.trackers:  # none where tensorboard is not installed: the sheet is on disk too
+        tracker.log_images({"sample": flat[None]}, step, dataformats="NHWC")
     accelerator.log({f"validation/{name}": value for name, value in asdict(errors[0]).items() if name in ("error", "pck")}, step)
