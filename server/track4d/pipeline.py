@@ -34,6 +34,7 @@ from .progress import JobReport, Report
 from .video.generator import MotionGenerator, decode_video
 from .video.text import count_tokens, length_warnings
 
+FILMED = 8  # frames drawn at a time: all of a long film in float32 would take gigabytes
 PINNED = 0.5  # vertices held more than this keep their shape while the motion is refined
 
 
@@ -245,8 +246,12 @@ def stepped_back(viewmats: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 def film(mesh: Mesh, vertices: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, size: int, shading: np.ndarray) -> np.ndarray:
     """The moving mesh from every view on grey; [V, F, H, W, 3] uint8."""
-    pictures = over(render(mesh, vertices, viewmats, Ks, size, shading=shading), BACKGROUND)  # [F, V, H, W, 3]
-    return (pictures.transpose(1, 0, 2, 3, 4) * 255 + 0.5).astype(np.uint8)
+    out = np.empty((len(viewmats), len(vertices), size, size, 3), np.uint8)
+    for start in range(0, len(vertices), FILMED):
+        some = slice(start, start + FILMED)
+        pictures = over(render(mesh, vertices[some], viewmats, Ks, size, shading=shading), BACKGROUND)  # [f, V, H, W, 3]
+        out[:, some] = (pictures.swapaxes(0, 1) * 255 + 0.5).astype(np.uint8)
+    return out
 
 
 def grid(pictures: np.ndarray) -> np.ndarray:
