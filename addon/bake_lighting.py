@@ -9,21 +9,25 @@ import argparse
 import hashlib
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from track4d_protocol import __version__
-from track4d_protocol.errors import InputError, Track4DError
+from track4d_protocol.errors import InputError, Track4DError, TransportError
 from track4d_protocol.space import FRONTS
 from track4d_protocol.splat_files import write_ply
 
 from .files import READABLE, Staging
 
 MANIFEST = "asset.json"
-LOG = "log.jsonl"
+LOG, WORKING = "log.jsonl", ".working.json"
 LAMPS = ("key", "fill", "back", "background")
 MESH, GAUSSIANS = "mesh.glb", "gaussians.ply"
 
@@ -35,12 +39,14 @@ def bake_folder(
     strengths: dict[str, float] | None = None,
     front: str = "-Y",
     about: dict[str, dict[str, str]] | None = None,
+    retry: bool = False,
     report: Callable[[int, int, str], None] = lambda step, total, name: None,
 ) -> dict[str, int]:
     """Bakes every model of a folder into `out/NAME/`: the mesh, its Gaussians and a manifest.
 
     A model whose manifest says that it was baked from the same file with the same settings is left as it is, so a run that was
-    stopped goes on. A model that can't be read is skipped; `out/log.jsonl` has a line for every file of every run.
+    stopped goes on. A model that can't be read or baked is skipped, by later runs too, until it or the settings change;
+    `out/log.jsonl` has a line for every file of every run.
 
     Args:
         folder: with .glb, .gltf, .obj, .fbx, .blend and .ply files, or one such file.
@@ -49,6 +55,7 @@ def bake_folder(
         strengths: of the rig's lamps, by name.
         front: the axis that models face whose entry in `about` has no "front".
         about: per file name, "prompt", "source", "licence", "credit", "front"; from assets.json in the folder by default.
+        retry: tries those once more that failed before.
         report: called before each file with (number, of how many, its name), and once at the end.
 
     Returns:
@@ -68,21 +75,72 @@ def bake_folder(
     except OSError as error:
         raise InputError("missing_folder", f"The folder '{out}' can't be made: {error.strerror}.", "Choose another.") from error
     counts = {"baked": 0, "kept": 0, "failed": 0}
+    log = Log(out)
+    if retry:
+        log.forgive()
     for number, path in enumerate(files):
         report(number, len(files), path.name)
         start = time.perf_counter()
-        line: dict[str, Any] = {"file": path.name}
-        try:
-            outcome = _bake_file(path, out / path.stem, samples, strengths or {}, front, about.get(path.name, {}))
-            line |= {"outcome": outcome, "seconds": round(time.perf_counter() - start, 2)}
-        except Track4DError as error:
-            outcome = "failed"
-            line |= {"outcome": outcome, "error": error.to_dict()}
-        counts[outcome] += 1
-        with (out / LOG).open("a") as log:
-            log.write(json.dumps(line) + "\n")
+        manifest = _plan(path, samples, strengths or {}, front, about.get(path.name, {}))
+        line: dict[str, Any] = {"file": path.name, "key": _key(manifest)}
+        before = log.failure(path.name, line["key"])
+        if _is_done(out / path.stem, manifest):
+            line["outcome"] = "kept"
+        elif before:
+            line |= {"outcome": "failed", "error": before, "skipped": True}
+        else:
+            with log.working(line):
+                line |= _tried(path, out / path.stem, manifest)
+        line["seconds"] = round(time.perf_counter() - start, 2)
+        counts[line["outcome"]] += 1
+        log.add(line)
     report(len(files), len(files), "")
     return counts
+
+
+class Log:
+    """The set's log, a JSON line per file and run; and the note of what is at work, which a crash leaves behind."""
+
+    def __init__(self, out: Path) -> None:
+        self.path, self.note = out / LOG, out / WORKING
+
+    def lines(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for text in self.path.read_text("utf-8").splitlines() if self.path.exists() else ():
+            with suppress(ValueError):  # a line that a power cut tore
+                found.append(json.loads(text))
+        return found
+
+    def add(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def failure(self, name: str, key: str) -> dict[str, Any] | None:
+        """The error with which a file failed when it was last tried, if it was the same file with the same settings."""
+        last = next((line for line in reversed(self.lines()) if "retry" in line or line["file"] == name), {})
+        return last.get("error") if last.get("key") == key else None
+
+    def forgive(self) -> None:
+        """Failures so far don't count any more."""
+        if self.path.exists():
+            self.add({"retry": True})
+
+    @contextmanager
+    def working(self, line: dict[str, Any]) -> Iterator[None]:
+        self.note.write_text(json.dumps(line), "utf-8")
+        yield
+        self.note.unlink()
+
+    def blame(self, code: int, words: str) -> bool:
+        """Marks the file as failed that was at work when Blender ended; False where none was."""
+        if not self.note.exists():
+            return False
+        line = json.loads(self.note.read_text("utf-8"))
+        error = InputError("blender_ended", f"Blender ended with code {code} on '{line['file']}': {words or 'it said nothing'}.",
+                           "Open the file in Blender to see what is wrong with it.")  # fmt: skip
+        self.add(line | {"outcome": "failed", "error": error.to_dict()})
+        self.note.unlink()
+        return True
 
 
 def _read_about(folder: Path) -> dict[str, dict[str, str]]:
@@ -100,31 +158,53 @@ def _read_about(folder: Path) -> dict[str, dict[str, str]]:
     return about
 
 
-def _bake_file(path: Path, folder: Path, samples: int, strengths: dict[str, float], front: str, info: dict[str, str]) -> str:
-    """Bakes one model; "baked", or "kept" where that was done before."""
-    from . import lighting, scene_io
+def _plan(path: Path, samples: int, strengths: dict[str, float], front: str, info: dict[str, str]) -> dict[str, Any]:
+    """What a model's manifest says before it is baked."""
+    from . import lighting
 
-    rig, facing = lighting.rig_with(**strengths), str(info.get("front", front))
-    manifest: dict[str, Any] = {
+    return {
         "name": path.stem,
         "prompt": str(info.get("prompt", "")),
         "source": str(info.get("source", path.name)),
         "licence": str(info.get("licence", "")),
         "credit": str(info.get("credit", "")),
-        "front": facing,
-        "rig": lighting.rig_to_dict(rig),
+        "front": str(info.get("front", front)),
+        "rig": lighting.rig_to_dict(lighting.rig_with(**strengths)),
         "samples": samples,
         "version": __version__,
-        "sha256": {"source": _hash(path)},
+        "sha256": {"source": file_hash(path) if os.access(path, os.R_OK) else ""},
     }
-    if _is_done(folder, manifest):
-        return "kept"
+
+
+def _key(manifest: dict[str, Any]) -> str:
+    """Stands for a file and everything that it shall be baked with."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tried(path: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Bakes one model; the outcome, and the error where it failed."""
+    try:
+        _bake_file(path, folder, manifest)
+    except Track4DError as error:
+        return {"outcome": "failed", "error": error.to_dict()}
+    except Exception as error:  # noqa: BLE001 - what an odd file sets off in Blender's importers ends this file, not the batch
+        place = "".join(traceback.format_exception(error)[-3:])
+        problem = InputError("bake_failed", f"'{path.name}' can't be baked: {type(error).__name__}: {error}",
+                             "Open the file in Blender to see what is wrong with it.")  # fmt: skip
+        return {"outcome": "failed", "error": problem.to_dict(), "trace": place}
+    return {"outcome": "baked"}
+
+
+def _bake_file(path: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    from . import lighting, scene_io
+
     objects, _ = scene_io.load(path)
-    lighting.add_rig(objects, rig, facing)
-    lighting.bake(objects, samples)
+    lighting.remove_rig()  # of a .blend that was saved with one
+    lighting.add_rig(objects, {name: lighting.Lamp(**lamp) for name, lamp in manifest["rig"].items()}, manifest["front"])
+    lighting.bake(objects, manifest["samples"])
+    baked = lighting.baked_with(objects)
     lighting.remove_rig()
-    write_asset(objects, folder, manifest)
-    return "baked"
+    write_asset(objects, folder, manifest | baked)
 
 
 def write_asset(objects: Sequence[Any], folder: Path, manifest: dict[str, Any]) -> Path:
@@ -133,7 +213,7 @@ def write_asset(objects: Sequence[Any], folder: Path, manifest: dict[str, Any]) 
     Args:
         objects: with the light in their vertex colours, see `lighting.bake`.
         folder: of the asset, made when absent.
-        manifest: name, prompt, source, licence, credit, front, rig, samples, version; counts and hashes are added.
+        manifest: name, prompt, source, licence, credit, front, lights, samples, version; counts and hashes are added.
 
     Raises:
         InputError: missing_folder, export_failed.
@@ -154,7 +234,7 @@ def write_asset(objects: Sequence[Any], folder: Path, manifest: dict[str, Any]) 
             write_ply(file, splats, 0)
         manifest["vertices"] = sum(len(obj.data.vertices) for obj in objects)
         manifest["gaussians"] = len(splats.opacities)
-        manifest["sha256"] |= {MESH: _hash(mesh), GAUSSIANS: _hash(cloud)}
+        manifest["sha256"] |= {MESH: file_hash(mesh), GAUSSIANS: file_hash(cloud)}
         about.write_text(json.dumps(manifest, indent=1))
         staging.commit()
     return folder
@@ -181,7 +261,7 @@ def _is_done(folder: Path, manifest: dict[str, Any]) -> bool:
     try:
         before = json.loads((folder / MANIFEST).read_text())
         hashes = before.pop("sha256")
-        whole = all(_hash(folder / name) == hashes[name] for name in (MESH, GAUSSIANS))
+        whole = all(file_hash(folder / name) == hashes[name] for name in (MESH, GAUSSIANS))
     except (OSError, ValueError, KeyError, AttributeError):
         return False
     wanted = {name: value for name, value in manifest.items() if name != "sha256"}
@@ -189,13 +269,14 @@ def _is_done(folder: Path, manifest: dict[str, Any]) -> bool:
     return whole and same and hashes.get("source") == manifest["sha256"]["source"]
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, as the manifest has it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
+    """Runs the command; returns the exit code. Blender is a process of its own, begun again where a file takes it down."""
     parser = argparse.ArgumentParser(prog="track4d_addon.bake_lighting", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -203,7 +284,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--front", default="-Y", choices=list(FRONTS))
     for name in LAMPS:
         parser.add_argument(f"--{name}", type=float, help=f"strength of the {name} light")
+    parser.add_argument("--retry", action="store_true", help="try those once more that failed before")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.worker:
+        return _work(options)
+    given = [word for word in (sys.argv[1:] if arguments is None else arguments) if word != "--retry"]
+    log = Log(options.out)
+    if options.retry:
+        log.forgive()
+    return _supervise(["-m", f"{__package__}.bake_lighting", *given, "--worker"], log)
+
+
+def _supervise(command: Sequence[str], log: Log) -> int:
+    """Lets a worker bake, and another one go on where a file has ended it; passes on what they say. The exit code."""
+    begun = len(log.lines())
+    while True:
+        log.note.unlink(missing_ok=True)
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as words:
+            line = [sys.executable, *command]
+            worker = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=words, text=True, encoding="utf-8")
+            try:
+                for said in worker.stdout or ():
+                    message = json.loads(said)
+                    if "done" in message:  # what an earlier worker has baked this one has kept
+                        made = message["done"]
+                        earlier = sum(entry.get("outcome") == "baked" for entry in log.lines()[begun:]) - made["baked"]
+                        made |= {"baked": made["baked"] + earlier, "kept": made["kept"] - earlier}
+                    print(json.dumps(message), flush=True)  # noqa: T201 - for who started this
+                code = worker.wait()
+            except BaseException:
+                worker.kill()
+                raise
+            words.seek(0)
+            end = " / ".join(words.read().strip().splitlines()[-3:])
+        if code in (0, 2):
+            return code
+        if not log.blame(code, end):
+            error = TransportError("client_failed", f"Blender ended with code {code}: {end}", "Run track4d doctor.")
+            print(json.dumps({"error": error.to_dict()}), flush=True)  # noqa: T201
+            return 2
+
+
+def _work(options: argparse.Namespace) -> int:
+    """Bakes the folder in this process."""
     strengths = {name: getattr(options, name) for name in LAMPS if getattr(options, name) is not None}
     sys.stdout.flush()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:

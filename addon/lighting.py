@@ -6,10 +6,12 @@ all components baked into vertex colours; the mesh turned into 3D Gaussians.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import bpy
 import numpy as np
@@ -20,6 +22,8 @@ from track4d_protocol.splats import C0, GREY, Splats
 
 LIGHTS = "Track4D lights"  # the rig's collection
 COLORS = "Track4D light"  # the colour attribute
+PLACED = "track4d_placed"  # property of the collection: the lights as `add_rig` left them
+BAKED = "track4d_light"  # property of a mesh: what its light was baked with
 PASSES = {"DIRECT", "INDIRECT", "DIFFUSE", "GLOSSY", "TRANSMISSION", "EMIT"}
 
 
@@ -83,7 +87,57 @@ def add_rig(objects: Sequence[bpy.types.Object], rig: dict[str, Lamp] = RIG, fro
         turn = outward.to_track_quat("Z", "Y").to_matrix().to_4x4()  # an area light shines along its -Z
         obj.matrix_world = Matrix.Translation(Vector(centre) + distance * outward) @ turn
         collection.objects.link(obj)
+    collection[PLACED] = json.dumps(rig_lights())
     return collection
+
+
+def ensure_rig(objects: Sequence[bpy.types.Object], rig: dict[str, Lamp] = RIG, front: str = "-Y") -> bool:
+    """Puts the rig around the objects, unless there is one that somebody has edited: that stays; whether it was put there.
+
+    Raises:
+        InputError: as `add_rig`.
+    """
+    collection = bpy.data.collections.get(LIGHTS)
+    if collection is not None and rig_lights() not in ([], json.loads(collection.get(PLACED, "[]"))):
+        return False
+    add_rig(objects, rig, front)
+    return True
+
+
+def rig_lights() -> list[dict[str, Any]]:
+    """The rig's lights as they stand in the scene, for a manifest; those that don't render are left out.
+
+    Each has "name", "type", "energy" (W, W/m2 of a sun), "color" (linear), "position" and "direction" (in which it shines) in the
+    world, and "size": width and height of an area, diameter of a bulb or spot, angle of a sun in radians.
+    """
+    collection = bpy.data.collections.get(LIGHTS)
+    bpy.context.view_layer.update()
+    shown = [obj for obj in collection.all_objects if obj.type == "LIGHT" and not obj.hide_render] if collection else []
+    return [_describe(obj) for obj in sorted(shown, key=lambda obj: obj.name)]
+
+
+def _describe(obj: bpy.types.Object) -> dict[str, Any]:
+    light, matrix = obj.data, obj.matrix_world
+    if light.type == "AREA":
+        across = (light.size, light.size_y if light.shape in ("RECTANGLE", "ELLIPSE") else light.size)
+        size = [length * matrix.col[k].to_3d().length for k, length in enumerate(across)]
+    else:
+        size = [light.angle if light.type == "SUN" else 2 * light.shadow_soft_size]
+    color = [channel * factor for channel, factor in zip(light.color, _temperature(light))]
+    numbers = {"color": color, "position": matrix.translation, "direction": -matrix.col[2].to_3d().normalized(), "size": size}
+    return {"name": obj.name, "type": light.type, "energy": _short(light.energy * 2 ** getattr(light, "exposure", 0.0))} | {
+        name: [_short(value) for value in values] for name, values in numbers.items()
+    }
+
+
+def _temperature(light: bpy.types.Light) -> Sequence[float]:
+    """The tint of a light's temperature, where one is used (Blender 4.5 and later)."""
+    return light.temperature_color if getattr(light, "use_temperature", False) else (1.0, 1.0, 1.0)
+
+
+def _short(value: float) -> float:
+    """Six digits: a float32, without those that single precision makes up."""
+    return float(f"{value:.6g}") + 0.0
 
 
 def remove_rig() -> None:
@@ -125,7 +179,8 @@ def world_vertices(obj: bpy.types.Object) -> np.ndarray:
 def bake(objects: Sequence[bpy.types.Object], samples: int = 64) -> None:
     """Bakes all light that leaves the surfaces into a float colour per vertex, the attribute `COLORS`.
 
-    Lights, world and other objects of the scene take part as they do in a render.
+    Lights, world and other objects of the scene take part as they do in a render. The mesh remembers the rig's lights and the
+    samples, see `baked_with`.
 
     Raises:
         InputError: no_mesh_selected, in_edit_mode, shared_mesh, bake_failed with Blender's own words.
@@ -155,6 +210,23 @@ def bake(objects: Sequence[bpy.types.Object], samples: int = 64) -> None:
             except RuntimeError as error:
                 raise InputError("bake_failed", f"Blender can't bake '{obj.name}': {str(error).strip()}",
                                  "Apply its modifiers and try again.") from error  # fmt: skip
+            obj.data[BAKED] = json.dumps({"lights": rig_lights(), "samples": samples})
+
+
+def baked_with(objects: Sequence[bpy.types.Object]) -> dict[str, Any]:
+    """What the objects' light was baked with: "lights", as `rig_lights` gives them, and "samples".
+
+    Raises:
+        InputError: not_baked, where one has no baked light, or that of other lights than the first.
+    """
+    records = [obj.data.get(BAKED, "") if COLORS in obj.data.color_attributes else "" for obj in objects]
+    for obj, record in zip(objects, records):
+        if not record:
+            raise InputError("not_baked", f"'{obj.name}' has no baked light yet.", "Bake the light first.")
+        if record != records[0]:
+            raise InputError("not_baked", f"'{objects[0].name}' and '{obj.name}' were baked with different lights.",
+                             "Bake the light of all of them at once.")  # fmt: skip
+    return json.loads(records[0])
 
 
 @contextmanager
@@ -249,8 +321,9 @@ def _quats(rotations: np.ndarray) -> np.ndarray:
         m = r[best == k]
         a, b, c = m[:, 2, 1] - m[:, 1, 2], m[:, 0, 2] - m[:, 2, 0], m[:, 1, 0] - m[:, 0, 1]
         d, e, f = m[:, 1, 0] + m[:, 0, 1], m[:, 0, 2] + m[:, 2, 0], m[:, 2, 1] + m[:, 1, 2]
-        w, x, y, z = 1 + m[:, 0, 0] + m[:, 1, 1] + m[:, 2, 2], *(
-            1 + 2 * m[:, j, j] - m[:, 0, 0] - m[:, 1, 1] - m[:, 2, 2] for j in range(3)
+        w, x, y, z = (
+            1 + m[:, 0, 0] + m[:, 1, 1] + m[:, 2, 2],
+            *(1 + 2 * m[:, j, j] - m[:, 0, 0] - m[:, 1, 1] - m[:, 2, 2] for j in range(3)),
         )
         quats[best == k] = np.stack(((w, a, b, c), (a, x, d, e), (b, d, y, f), (c, e, f, z))[k], 1)
     return quats / np.linalg.norm(quats, axis=1, keepdims=True)

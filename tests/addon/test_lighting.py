@@ -1,5 +1,6 @@
 """Baked light: the rig lights as it says, the bake is what Cycles sees, and a folder becomes an evaluation set."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -9,14 +10,26 @@ from pathlib import Path
 import bpy
 import numpy as np
 import pytest
-from track4d_addon import lighting
-from track4d_addon.bake_lighting import bake_folder
+from mathutils import Matrix
+from track4d_addon import lighting, scene_io
+from track4d_addon.bake_lighting import Log, bake_folder
 from track4d_protocol.errors import InputError
 from track4d_protocol.splat_files import read_ply
 
 from .conftest import make_grid, make_object
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture
+def registered(empty_scene):
+    """The extension switched on in this process."""
+    import track4d_addon
+
+    bpy.context.preferences.addons.new().module = "track4d_addon"
+    track4d_addon.register()
+    yield
+    track4d_addon.unregister()
 
 
 def make_ball(name="Ball", location=(0.0, 0.0, 0.0), radius=1.0):
@@ -145,6 +158,103 @@ def test_a_folder_becomes_a_set_and_a_second_run_keeps_it(tmp_path):
     (out / "sunflower" / "gaussians.ply").write_bytes(b"")  # damaged: made anew
     (models / "broken.glb").unlink()
     assert bake_folder(models, out, 1, {"key": 0.9})["baked"] == 1
+
+
+def test_a_model_that_fails_is_tried_once(tmp_path, monkeypatch):
+    """Whatever a file sets off ends that file alone; later runs go past it until it, its settings or the user's mind change."""
+    out, tried = tmp_path / "set", []
+    for name in ("bad.obj", "good.obj"):
+        (tmp_path / name).write_text("v 0 0 0\nv 1 0 0\nv 0 1 1\nf 1 2 3\n")
+
+    def load(path):
+        tried.append(path.name)
+        if path.name == "bad.obj":
+            raise ZeroDivisionError("an odd file")
+        return original(path)
+
+    original = scene_io.load
+    monkeypatch.setattr(scene_io, "load", load)
+    assert bake_folder(tmp_path, out, 1) == {"baked": 1, "kept": 0, "failed": 1}
+    line = next(line for line in Log(out).lines() if line["file"] == "bad.obj")
+    assert line["error"]["code"] == "bake_failed" and "an odd file" in line["error"]["message"] and "load" in line["trace"]
+    assert bake_folder(tmp_path, out, 1) == {"baked": 0, "kept": 1, "failed": 1} and tried == ["bad.obj", "good.obj"]
+    assert Log(out).lines()[-2]["skipped"] and Log(out).lines()[-2]["error"] == line["error"]
+    bake_folder(tmp_path, out, 1, retry=True)
+    (tmp_path / "bad.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 2\nf 1 2 3\n")
+    bake_folder(tmp_path, out, 1)
+    bake_folder(tmp_path, out, 1)
+    assert tried == ["bad.obj", "good.obj", "bad.obj", "bad.obj"]
+
+
+def test_a_file_that_takes_blender_down_is_skipped(tmp_path, monkeypatch, capfd):
+    """A real crash of the process in the middle of a batch: another one goes on, and no later run dies at the same file."""
+    from track4d_addon import bake_lighting
+
+    out, fake = tmp_path / "set", tmp_path / "python"
+    for name in ("a.obj", "deadly.obj", "z.obj"):
+        (tmp_path / name).write_text("v 0 0 0\nv 1 0 0\nv 0 1 1\nf 1 2 3\n")
+    code = (
+        "import faulthandler, runpy, sys; from track4d_addon import scene_io; load = scene_io.load; faulthandler.enable(); "
+        "scene_io.load = lambda path: faulthandler._sigsegv() if path.name == 'deadly.obj' else load(path); "
+        "sys.argv = sys.argv[2:]; runpy.run_module('track4d_addon.bake_lighting', run_name='__main__', alter_sys=True)"
+    )
+    fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(bake_lighting.sys, "executable", str(fake))
+    for made in ({"baked": 2, "kept": 0, "failed": 1}, {"baked": 0, "kept": 2, "failed": 1}):
+        assert bake_lighting.main([str(tmp_path), f"--out={out}", "--samples=1"]) == 0
+        assert json.loads(capfd.readouterr().out.splitlines()[-1]) == {"done": made}
+    lines = [line for line in Log(out).lines() if line["file"] == "deadly.obj"]
+    assert [line.get("skipped", False) for line in lines] == [False, True, True]
+    assert lines[0]["error"]["code"] == "blender_ended" and "deadly.obj" in lines[0]["error"]["message"]
+    assert "scene_io" in lines[0]["error"]["message"] or "File" in lines[0]["error"]["message"], "the end of what was said"
+    assert not list(out.glob(".working*"))
+
+
+def test_edited_lights_are_baked_as_they_are_and_said_in_the_manifest(tmp_path, registered):
+    ball = make_ball()
+    ball.select_set(True)
+    bpy.context.view_layer.objects.active = ball
+    lights = bpy.context.scene.track4d.lights
+    lights.samples = 4
+    bpy.ops.track4d.add_lights()
+    for name in ("fill", "back", "background"):
+        bpy.data.objects.remove(bpy.data.objects[f"Track4D {name}"])
+    key = bpy.data.objects["Track4D key"]
+    key.matrix_world = Matrix.Translation((0, 0, 5))  # an area light shines along its -Z
+    key.data.energy, key.data.color, key.data.size = 900.0, (0.25, 0.5, 1.0), 2.0
+    bpy.ops.track4d.bake_lights()
+    assert bpy.data.objects["Track4D key"] == key and key.location.z == 5, "the user's light stays"
+    colors, up = lighting.baked_colors(ball), lighting.world_vertices(ball)[:, 2]
+    top = colors[up > 0.9].mean(0)
+    np.testing.assert_allclose(top / top[2], (0.25, 0.5, 1.0), atol=0.02)
+    assert colors[up < -0.3].max() < 0.05 * top.max()
+    bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "ball.blend"))
+    bpy.ops.track4d.remove_lights()  # what is there when the asset is written doesn't count
+    bpy.ops.track4d.write_lit(directory=str(tmp_path))
+    manifest = json.loads((tmp_path / "Ball" / "asset.json").read_text())
+    (light,) = manifest["lights"]
+    assert light == {"name": "Track4D key", "type": "AREA", "energy": 900.0, "color": [0.25, 0.5, 1.0],
+                     "position": [0.0, 0.0, 5.0], "direction": [0.0, 0.0, -1.0], "size": [2.0, 2.0]}  # fmt: skip
+    assert manifest["samples"] == 4 and manifest["source"] == "ball.blend"
+    assert manifest["sha256"]["source"] == hashlib.sha256((tmp_path / "ball.blend").read_bytes()).hexdigest()
+
+
+def test_lights_that_nobody_edited_follow_the_selection(registered):
+    first, second = make_ball(), make_ball("Second", (50, 0, 0), 3.0)
+    settings = bpy.context.scene.track4d
+    settings.lights.samples, settings.lights.keep_rig = 1, True
+    for ball in (first, second):
+        for other in (first, second):
+            other.select_set(other == ball)
+        bpy.ops.track4d.bake_lights()
+    places = [light["position"] for light in lighting.baked_with([second])["lights"]]
+    assert len(places) == 4 and np.linalg.norm(np.subtract(places, (50, 0, 0)), axis=1) == pytest.approx([12] * 4, rel=0.01)
+    for ball in (first, second):
+        ball.select_set(True)
+    with pytest.raises(InputError) as caught:
+        lighting.baked_with([first, second])
+    assert caught.value.code == "not_baked" and "different lights" in caught.value.message
 
 
 def test_folders_that_are_of_no_use(tmp_path):

@@ -19,6 +19,7 @@ def bake_lighting(
     fill: Strength = None,
     back: Strength = None,
     background: Strength = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try those files once more that failed before.")] = False,
 ) -> None:
     """Bake four-point light into vertex colours and write each model as mesh, Gaussians and manifest."""
     import subprocess
@@ -37,6 +38,7 @@ def bake_lighting(
                f"--front={front}"]
     for name, strength in (("key", key), ("fill", fill), ("back", back), ("background", background)):
         command += [f"--{name}={strength}"] if strength is not None else []
+    command += ["--retry"] if retry else []
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     error, made = draw(client)
     if client.wait() and not error:
@@ -45,4 +47,4 @@ def bake_lighting(
         raise error_from_dict(error)
     console.print(f"{out}: {made['baked']} baked, {made['kept']} were there, {made['failed']} failed")
     if made["failed"]:
-        console.print(Text(f"{out / 'log.jsonl'} says what was wrong with those", "yellow"))
+        console.print(Text(f"{out / 'log.jsonl'} says what was wrong with those; --retry tries them once more", "yellow"))
