@@ -11,7 +11,7 @@ import bpy
 import numpy as np
 import pytest
 from mathutils import Matrix
-from track4d_addon import lighting, scene_io
+from track4d_addon import export, lighting, scene_io
 from track4d_addon.bake_lighting import Log, bake_folder
 from track4d_protocol.errors import InputError
 from track4d_protocol.splat_files import read_ply
@@ -255,6 +255,29 @@ def test_lights_that_nobody_edited_follow_the_selection(registered):
     with pytest.raises(InputError) as caught:
         lighting.baked_with([first, second])
     assert caught.value.code == "not_baked" and "different lights" in caught.value.message
+
+
+def test_baked_light_leaves_with_usd(tmp_path):
+    """As floats, above 1 too, while the mesh moves."""
+    ball = make_ball()
+    lighting.add_rig([ball])
+    lighting.bake([ball], samples=2)
+    ball.shape_key_add(name="Basis")
+    moved = ball.shape_key_add(name="moved")
+    moved.points[0].co.z += 1
+    for frame in (1, 3):
+        moved.value = float(frame == 3)
+        moved.keyframe_insert("value", frame=frame)
+    bpy.context.scene.frame_end = 3
+    baked = lighting.baked_colors(ball)
+    assert baked.max() > 1
+    (path,) = export.export([ball], tmp_path / "ball.usdc")
+    bpy.ops.wm.read_factory_settings(use_empty=True)
+    bpy.ops.wm.usd_import(filepath=str(path))
+    (mesh,) = bpy.data.meshes
+    colors = np.empty(4 * len(baked), np.float32)
+    mesh.color_attributes["Track4D_light"].data.foreach_get("color", colors)
+    np.testing.assert_array_equal(colors.reshape(-1, 4)[:, :3], baked)
 
 
 def test_folders_that_are_of_no_use(tmp_path):
