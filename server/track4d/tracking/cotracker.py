@@ -25,6 +25,7 @@ PER_HEAD = 48
 RESOLUTION = (384, 512)  # height and width that the published weights were trained at
 ONLINE_WINDOW = 16  # frames; checkpoints with this window are the online ones
 CHUNK_BYTES = 2**23  # of gathered features at a time: what stays in the processor's cache
+TOKENS = 512  # that go through a block of the transformer at a time, for the same reason
 
 
 class Estimate(NamedTuple):
@@ -132,6 +133,15 @@ class CrossBlock(nn.Module):
         return x + self.mlp(_norm(x))
 
 
+def _in_parts(block: nn.Module, *sequences: Tensor) -> Tensor:
+    """A block of sequences [B, Q, D] that know nothing of each other; on a CPU not all at once.
+
+    The perceptron's temporary array of all of them would leave the cache, and go back to the system after every call.
+    """
+    rows = len(sequences[0]) if sequences[0].is_cuda else max(1, TOKENS // sequences[0].shape[1])
+    return torch.cat([block(*parts) for parts in zip(*(each.split(rows) for each in sequences))])
+
+
 class UpdateFormer(nn.Module):
     """Attention along time and, through a few virtual tracks, among points (CoTracker, section 3.3)."""
 
@@ -152,13 +162,13 @@ class UpdateFormer(nn.Module):
         x = self.input_transform(x)  # [B, N, T, D]
         virtual: Tensor = self.virual_tracks  # [1, virtual, 1, D]: alike in every view and frame until they have looked at points
         for k, time_block in enumerate(self.time_blocks):
-            x = time_block(x.flatten(0, 1)).view(x.shape)
+            x = _in_parts(time_block, x.flatten(0, 1)).view(x.shape)
             if space:
-                virtual = time_block(virtual.flatten(0, 1)).view(virtual.shape).expand(batch, -1, frames, -1)
+                virtual = _in_parts(time_block, virtual.flatten(0, 1)).view(virtual.shape).expand(batch, -1, frames, -1)
                 x, virtual = (part.transpose(1, 2).flatten(0, 1) for part in (x, virtual))  # [B * T, ..., D]
-                virtual = self.space_virtual2point_blocks[k](virtual, x)  # each name says who asks whom
-                virtual = self.space_virtual_blocks[k](virtual)
-                x = self.space_point2virtual_blocks[k](x, virtual)
+                virtual = _in_parts(self.space_virtual2point_blocks[k], virtual, x)  # each name says who asks whom
+                virtual = _in_parts(self.space_virtual_blocks[k], virtual)
+                x = _in_parts(self.space_point2virtual_blocks[k], x, virtual)
                 x, virtual = (part.unflatten(0, (batch, frames)).transpose(1, 2) for part in (x, virtual))
         return torch.cat([self.flow_head(x), self.vis_conf_head(x)], -1)
 
@@ -251,18 +261,19 @@ class CoTracker3(nn.Module):
         """
         coords = coords.transpose(1, 2)  # [B, N, T, 2]
         batch, points, count, _ = coords.shape
-        frames = torch.arange(count, device=coords.device).expand(batch, 1, count)
-        size = max(1, CHUNK_BYTES // (batch * count * (SIDE + 1) ** 2 * pyramid[0].shape[-1] * 4))
+        frames = torch.arange(count, device=coords.device)[None, None]  # [1, 1, T]
+        size = max(1, CHUNK_BYTES // (count * (SIDE + 1) ** 2 * pyramid[0].shape[-1] * 4))
         rows = []
-        for start in range(0, points, size):
-            some, levels = slice(start, start + size), []
-            for k, (maps, template) in enumerate(zip(pyramid, templates)):
-                cells, beyond = _cells(maps, frames, coords[:, some] / 2**k)
-                dots = cells @ template[:, some]  # [B, n, T * 64, 49]
-                dots = _between(dots.unflatten(2, (count, SIDE + 1, SIDE + 1)), beyond)
-                levels.append(self.corr_mlp(dots.flatten(3)))
-            rows.append(torch.cat(levels, -1))
-        return torch.cat(rows, 1)
+        for v in range(batch):  # the maps of one view are what the cache has room for
+            for start in range(0, points, size):
+                some, levels = (slice(v, v + 1), slice(start, start + size)), []
+                for k, (maps, template) in enumerate(zip(pyramid, templates)):
+                    cells, beyond = _cells(maps[v:v + 1], frames, coords[some] / 2**k)
+                    dots = cells @ template[some]  # [1, n, T * 64, 49]
+                    dots = _between(dots.unflatten(2, (count, SIDE + 1, SIDE + 1)), beyond)
+                    levels.append(self.corr_mlp(dots.flatten(3)))
+                rows.append(torch.cat(levels, -1)[0])
+        return torch.cat(rows).unflatten(0, (batch, points))
 
     def tokens(self, estimate: Estimate, correlation: Tensor) -> Tensor:
         """The transformer's input [B, N, T, 1110]: visibility, confidence, correlation, displacements, time."""
