@@ -35,6 +35,7 @@ _PREVIEW_SIDE = 512  # pixels; larger pictures are thinned out
 _FILM_SIDE, _FILM_FRAMES = 256, 24  # the same for films
 _MOTION_POINTS = 2000  # of a motion that is shown while the job runs
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "allocate memory")  # torch says so in a plain RuntimeError, the latter on the CPU
 log = logging.getLogger("track4d.worker")
 
 
@@ -180,7 +181,7 @@ def _forget_peak() -> None:
 def error_of(exception: Exception, job_id: str) -> ServerError:
     """What the user is told about an exception of the pipeline: that memory is short, or that there is a bug."""
     name = type(exception).__name__
-    if isinstance(exception, MemoryError) or "OutOfMemory" in name or "CUBLAS_STATUS_ALLOC_FAILED" in str(exception):
+    if isinstance(exception, MemoryError) or "OutOfMemory" in name or any(words in str(exception) for words in _NO_MEMORY):
         return ServerError("out_of_memory", "The memory was not enough for this job.",
                            "Use the preset 'fast', smaller textures or a simpler object.")
     return ServerError("internal_error", f"The server failed at the job {job_id}: {name}: {str(exception)[:300]}",

@@ -6,7 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from track4d.service.store import result_path
+from track4d.service.worker import error_of
 from track4d_protocol import codec
 from track4d_protocol.errors import InputError, ServerError, error_from_dict
 from track4d_protocol.messages import JobState
@@ -109,6 +111,15 @@ def test_a_bug_names_the_log_which_names_the_job(client, server, service):
 
 def test_lack_of_memory_is_called_so(client, service):
     assert service.finish(client, submit(service, client, "fail memory")).error["code"] == "out_of_memory"
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 55), lambda: np.empty(1 << 57)])
+def test_lack_of_memory_is_known_whoever_says_it(allocate):
+    """Torch raises a plain RuntimeError on the CPU."""
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate()
+    assert error_of(caught.value, "job").code == "out_of_memory"
+    assert error_of(RuntimeError("shapes differ"), "job").code == "internal_error"
 
 
 def test_a_job_survives_one_death_of_its_worker(client, server, service):
