@@ -241,20 +241,56 @@ def write_asset(objects: Sequence[Any], folder: Path, manifest: dict[str, Any]) 
 
 
 def _write_mesh(objects: Sequence[Any], path: Path) -> None:
-    """The meshes with the light as COLOR_0."""
+    """The meshes with the light as COLOR_0, in float, and a material that shows it as it is."""
     import bpy
 
     for obj in bpy.context.view_layer.objects:
         obj.select_set(obj in objects)
     try:
-        bpy.ops.export_scene.gltf(
-            filepath=str(path), export_format="GLB", use_selection=True, export_vertex_color="ACTIVE", export_animations=False,
-            export_all_vertex_colors=False, export_active_vertex_color_when_no_material=True,
-        )  # fmt: skip
+        with _shining(objects):
+            bpy.ops.export_scene.gltf(
+                filepath=str(path), export_format="GLB", use_selection=True, export_vertex_color="ACTIVE",
+                export_animations=False, export_all_vertex_colors=False, export_active_vertex_color_when_no_material=True,
+            )  # fmt: skip
     except RuntimeError as error:
         raise InputError(
             "export_failed", f"Blender can't write '{path.name}': {str(error).strip()}", "Try another model."
         ) from error
+
+
+@contextmanager
+def _shining(objects: Sequence[Any]) -> Iterator[None]:
+    """For as long as the block runs the objects have one material, of their baked light alone.
+
+    Other materials would be multiplied with the light, which has their colours in it already. A colour that leads straight to the
+    surface is what the exporter takes for KHR_materials_unlit; that a material uses it makes it write floats in place of 16 bits.
+    """
+    import bpy
+
+    from .lighting import COLORS
+
+    material = bpy.data.materials.new(COLORS)
+    if bpy.app.version < (5, 0, 0):
+        material.use_nodes = True
+    tree = material.node_tree
+    tree.nodes.clear()
+    color, output = tree.nodes.new("ShaderNodeVertexColor"), tree.nodes.new("ShaderNodeOutputMaterial")
+    color.layer_name = COLORS
+    tree.links.new(color.outputs["Color"], output.inputs["Surface"])
+    before = [(slot, slot.material) for obj in objects for slot in obj.material_slots]
+    bare = [obj for obj in objects if not obj.material_slots]
+    try:
+        for slot, _ in before:
+            slot.material = material
+        for obj in bare:
+            obj.data.materials.append(material)
+        yield
+    finally:
+        for slot, old in before:
+            slot.material = old
+        for obj in bare:
+            obj.data.materials.clear()  # `pop` would leave the object a slot
+        bpy.data.materials.remove(material)
 
 
 def _is_done(folder: Path, manifest: dict[str, Any]) -> bool:

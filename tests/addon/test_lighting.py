@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from mathutils import Matrix
 from track4d_addon import export, lighting, scene_io
-from track4d_addon.bake_lighting import Log, bake_folder
+from track4d_addon.bake_lighting import Log, bake_folder, write_asset
 from track4d_protocol.errors import InputError
 from track4d_protocol.splat_files import read_ply
 
@@ -238,6 +239,30 @@ def test_edited_lights_are_baked_as_they_are_and_said_in_the_manifest(tmp_path, 
                      "position": [0.0, 0.0, 5.0], "direction": [0.0, 0.0, -1.0], "size": [2.0, 2.0]}  # fmt: skip
     assert manifest["samples"] == 4 and manifest["source"] == "ball.blend"
     assert manifest["sha256"]["source"] == hashlib.sha256((tmp_path / "ball.blend").read_bytes()).hexdigest()
+
+
+def test_the_written_mesh_shows_its_light_and_the_users_own_keeps_its_materials(tmp_path):
+    ball, bare = make_ball(), make_ball("Bare", (3, 0, 0))
+    red = bpy.data.materials.new("red")
+    ball.data.materials.append(red)
+    ball.data.materials.append(None)
+    for obj in (ball, bare):
+        obj.data.color_attributes.new(lighting.COLORS, "FLOAT_COLOR", "POINT")
+        obj.data.color_attributes[0].data.foreach_set("color", [0.25, 0.5, 1.5, 1.0] * len(obj.data.vertices))
+    write_asset([ball, bare], tmp_path / "Ball", {"name": "Ball"})
+    assert [slot.material for slot in ball.material_slots] == [red, None] and not bare.material_slots
+    assert list(bpy.data.materials) == [red]
+    data = (tmp_path / "Ball" / "mesh.glb").read_bytes()
+    length = struct.unpack("<I", data[12:16])[0]
+    tree, binary = json.loads(data[20 : 20 + length]), data[28 + length :]
+    assert [list(material["extensions"]) for material in tree["materials"]] == [["KHR_materials_unlit"]]
+    assert "images" not in tree and tree["materials"][0]["pbrMetallicRoughness"].get("baseColorFactor", [1] * 4) == [1] * 4
+    for mesh in tree["meshes"]:
+        for primitive in mesh["primitives"]:
+            colors = tree["accessors"][primitive["attributes"]["COLOR_0"]]
+            assert colors["componentType"] == 5126, "floats"
+            start = tree["bufferViews"][colors["bufferView"]]["byteOffset"]
+            assert struct.unpack_from("<3f", binary, start) == (0.25, 0.5, 1.5)
 
 
 def test_lights_that_nobody_edited_follow_the_selection(registered):
