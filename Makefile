@@ -7,10 +7,11 @@ PROMPT ?= the fox is running
 OUT ?= out/demo
 SHELL := /bin/bash
 
-# What needs no torch: Blender's Python is all these tests ask for.
-ADDON_TESTS := $(addprefix tests/addon/test_,apply.py capture.py export.py extension.py gaussian_cloud.py headless.py lighting.py scene_io.py)
+# What needs no torch in Blender's Python: where these tests want the real server, they start it with $(VENV)'s.
+ADDON_TESTS := $(addprefix tests/addon/test_,apply.py capture.py export.py extension.py gaussian_cloud.py headless.py jobs.py \
+  lighting.py panel.py scene_io.py)
 
-.PHONY: setup demo test test-blender42 test-blender52 lint extension benchmarks clean
+.PHONY: setup demo test test-blender42 test-blender45 test-blender52 lint extension benchmarks clean
 
 setup: $(VENV)/.ready
 
@@ -39,18 +40,20 @@ lint: setup
 test: setup lint
 	$(BIN)/python -m pytest
 
-# The add-on's tests in the oldest and the newest Blender it is made for, each in an environment of its own.
+# The add-on's tests in other Blenders, from the oldest to the newest it is made for, each in an environment of its own.
 test-blender42: $(VENV)-blender42/.ready
+test-blender45: $(VENV)-blender45/.ready
 test-blender52: $(VENV)-blender52/.ready
-test-blender42 test-blender52: test-blender%: setup
+test-blender42 test-blender45 test-blender52: test-blender%: setup
 	$(VENV)-blender$*/bin/python -m pytest tests/protocol $(ADDON_TESTS)
 
 $(VENV)-blender42/.ready: BPY = bpy==4.2.* "numpy<2"
-$(VENV)-blender42/.ready: PYTHON_THERE = $(PYTHON)
+$(VENV)-blender45/.ready: BPY = bpy==4.5.* "numpy<2"
+$(VENV)-blender42/.ready $(VENV)-blender45/.ready: PYTHON_THERE = $(PYTHON)
 $(VENV)-blender52/.ready: BPY = bpy==5.2.*
 $(VENV)-blender52/.ready: PYTHON_THERE = $(shell for p in python3.13 $$HOME/.pyenv/versions/3.13*/bin/python; do \
   $$p -c "" 2>/dev/null && echo $$p && break; done)
-$(VENV)-blender42/.ready $(VENV)-blender52/.ready: $(VENV)-blender%/.ready: pyproject.toml
+$(VENV)-blender42/.ready $(VENV)-blender45/.ready $(VENV)-blender52/.ready: $(VENV)-blender%/.ready: pyproject.toml
 	@[ -n "$(PYTHON_THERE)" ] || { echo "Blender 5.2 needs Python 3.13: install it, or put python3.13 on the PATH." >&2; exit 1; }
 	$(PYTHON_THERE) -m venv $(VENV)-blender$*
 	$(VENV)-blender$*/bin/pip install --quiet --disable-pip-version-check $(BPY) pyzmq msgpack typer rich psutil pillow scipy \

@@ -91,10 +91,10 @@ def test_animate_moves_the_mesh_and_leaves_nothing_else(blender, server, tmp_pat
     assert answer["warnings"][-1] == "tiny_work"
 
 
-def test_animate_starts_the_server_and_the_real_pipeline_moves_the_mesh(blender, tmp_path):
+def test_animate_starts_the_server_and_the_real_pipeline_moves_the_mesh(blender, server_python, tmp_path):
     home = tmp_path / "own home"
     try:
-        answer = blender("local", prompt="the monkey is nodding", home=home, python=sys.executable)
+        answer = blender("local", prompt="the monkey is nodding", home=home, python=server_python)
     finally:
         stop_server(home)
     assert answer["finished"] and not answer["problem"], answer
