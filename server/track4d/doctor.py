@@ -51,7 +51,8 @@ def torch_device() -> Finding:
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return Finding("ok", "device", f"{torch.cuda.get_device_name()}, {free / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB free")
+        return Finding("ok", "device", f"{torch.cuda.get_device_name()}, {free / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB free, "
+                       f"for training and benchmarks; jobs run on the CPU's {os.cpu_count()} cores")
     return Finding("ok", "device", f"CPU with {os.cpu_count()} cores (torch {torch.__version__}); no NVIDIA GPU is needed")
 
 
@@ -69,7 +70,7 @@ def rasteriser() -> Finding:
     if find_spec("gsplat") is None:
         return Finding("note", "rasteriser", "Numba on the CPU, though there is a GPU.",
                        f'{sys.executable} -m pip install "gsplat>=1.5.3"')
-    return Finding("ok", "rasteriser", f"gsplat {importlib.metadata.version('gsplat')} on the GPU")
+    return Finding("ok", "rasteriser", f"Numba on the CPU, gsplat {importlib.metadata.version('gsplat')} for tensors on the GPU")
 
 
 def transport() -> Finding:
