@@ -177,6 +177,8 @@ class ClientThread(threading.Thread):
         return client.silence if client is not None else 0.0
 
     def run(self) -> None:
+        from . import apply, sources  # noqa: F401 - so that the first click needn't wait for numpy and all of this
+
         while True:
             try:
                 command = self.commands.get(timeout=None if self._source is None else 0.0 if self._client else POLL)
@@ -358,9 +360,7 @@ class ClientThread(threading.Thread):
     def _announce(self, server: Server, error: Track4DError | None = None) -> None:
         told = (server, error.code if error else "")
         quiet = (
-            server in (Server.CONNECTING, Server.LOST)
-            and error is None
-            and self._announced[0] in (Server.ABSENT, Server.LOST)
+            server in (Server.CONNECTING, Server.LOST) and error is None and self._announced[0] in (Server.ABSENT, Server.LOST)
         )
         if told != self._announced and not quiet:
             self._announced = told

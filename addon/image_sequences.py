@@ -95,9 +95,7 @@ def _sources(folder: Path) -> list[Path]:
         if name == "view" and number.isdigit() and (entry.is_dir() or entry.suffix.lower() in VIDEOS):
             found[int(number)] = entry
     if not found or sorted(found) != list(range(len(found))):
-        raise InputError(
-            "no_views", f"'{folder}' has the views {sorted(found)}.", "Name them view_0, view_1, ... without a gap."
-        )
+        raise InputError("no_views", f"'{folder}' has the views {sorted(found)}.", "Name them view_0, view_1, ... without a gap.")
     return [found[number] for number in sorted(found)]
 
 

@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import bmesh
 import bpy
 from track4d_protocol.errors import InputError
 
@@ -142,12 +141,13 @@ def _place(obj: bpy.types.Object, moves: np.ndarray) -> None:
 
 
 def _take_off(obj: bpy.types.Object, keys: bpy.types.Key) -> None:
+    from .apply.shape_keys import drop_layers  # late: registering the extension shall be quick
+
     made_basis = bool(keys[MARK])
     index = obj.active_shape_key_index
     block = keys.key_blocks.get(NAME)
     if block is not None:
-        if obj.data.is_editmode:
-            _take_off_edited(obj.data)
+        drop_layers(obj.data, [NAME])
         obj.shape_key_remove(block)
     del keys[MARK]
     if made_basis and len(keys.key_blocks) == 1:
@@ -157,21 +157,16 @@ def _take_off(obj: bpy.types.Object, keys: bpy.types.Key) -> None:
     obj.data.update()
 
 
-def _take_off_edited(mesh: bpy.types.Mesh) -> None:
-    """The edited mesh has the key as a layer of its own, from which Blender would make it again."""
-    edited = bmesh.from_edit_mesh(mesh)
-    layers = edited.verts.layers.shape
-    if NAME in layers:
-        layers.remove(layers[NAME])
-        bmesh.update_edit_mesh(mesh)
-
-
 # Blender's events
 
 
 @bpy.app.handlers.persistent
 def _sweep(*_: object) -> None:
     sweep()
+    if any("unfinished" in marks.read(keys) for keys in bpy.data.shape_keys):
+        from .apply.shape_keys import sweep as sweep_unfinished  # late, as above
+
+        sweep_unfinished()
 
 
 @bpy.app.handlers.persistent

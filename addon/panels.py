@@ -13,8 +13,8 @@ from . import marks, prompts
 from .properties import SIDES
 
 if TYPE_CHECKING:
-    from .jobs import ActiveJob, FinishedJob, Problem, State
     from .properties import Track4DSettings
+    from .state import ActiveJob, FinishedJob, Problem, State
 
 SHOWN_RESULTS = 5
 SHOWN_TAKES = 8
@@ -133,10 +133,10 @@ def draw_main(layout: bpy.types.UILayout, context: bpy.types.Context, state: Sta
     row.operator("track4d.animate", icon="PLAY").variations = 1
     row.operator("track4d.animate", text="3 Variations").variations = 3
     for job in state.active.values():
-        _draw_job(layout, job, width)
+        _draw_job(layout, job, width, several=len(state.active) > 1)
     if state.problem is not None:
         draw_problem(layout.box(), state.problem, width, dismissable=True)
-    _draw_history(layout, context.object)
+    _draw_history(layout, context.object, width)
     if state.warnings:
         _draw_warnings(layout, state.warnings, width)
     if state.finished:
@@ -202,7 +202,8 @@ def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> N
 
     column = layout.column(align=True)
     for text, icon in jobs.status(state):
-        column.label(text=text, icon=icon, translate=False)
+        for number, line in enumerate(wrap(text, width)):
+            column.label(text=line, icon=icon if number == 0 else "BLANK1", translate=False)
     if state.setup.state in ("interrupted", "failed"):
         box = layout.box()
         _draw_text(box, state.setup.text, width, "ERROR")
@@ -243,13 +244,13 @@ def _draw_text(layout: bpy.types.UILayout, text: str, width: int, icon: str) -> 
         column.label(text=line, icon=icon if number == 0 else "BLANK1")
 
 
-def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int) -> None:
+def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int, several: bool) -> None:
     from . import previews
 
     box = layout.box()
-    seed = job.order.settings.get("seed")
     text = f"{job.objects[0]}: {job.prompt}" if job.objects else job.prompt
-    box.label(text=f"{text}, seed {seed}" if seed else text, icon="ARMATURE_DATA")
+    seed = job.order.settings.get("seed", 0)
+    _draw_text(box, f"{text}, seed {seed}" if seed or several else text, width, "ARMATURE_DATA")
     box.progress(factor=job.step / job.total if job.total else 0.0, text=job_text(job))
     picture = previews.icon(job.id)
     if picture:
@@ -258,7 +259,7 @@ def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int) -> None:
     box.operator("track4d.cancel", icon="CANCEL").job_id = job.id
 
 
-def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None) -> None:
+def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None, width: int) -> None:
     """The active object's results: which one is shown, and what can be done with it."""
     from .results import shown_take, subject
 
@@ -276,6 +277,11 @@ def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None) -> N
         play = row.operator("track4d.play", icon="PLAY")
         play.frame_start, play.frame_end = int(first), int(-(-last // 1))
         row.operator("track4d.remove_animation", text="Remove", icon="TRASH")
+    if record and record.get("settings", {}).get("output") in ("gaussian_cloud", "all"):
+        row = box.row(align=True)
+        row.label(text="The mesh in the cloud")
+        for name in ("hide_viewport", "hide_render"):
+            row.prop(obj, name, text="")
     column = box.column(align=True)
     newest = list(records.items())[: -SHOWN_TAKES - 1 : -1]
     for take, about in newest:
@@ -289,7 +295,7 @@ def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None) -> N
     if record is None:
         return
     about = [record.get("model", ""), record.get("settings", {}).get("preset", ""), _day(record.get("made", 0.0))]
-    box.label(text=", ".join(filter(None, about)), icon="INFO")
+    _draw_text(box, ", ".join(filter(None, about)), width, "INFO")
     for operator, icon in (("track4d.use_settings", "COPYDOWN"), ("track4d.again", "FILE_REFRESH")):
         box.operator(operator, icon=icon).take = shown
     box.operator_menu_enum("track4d.output_as", "output", icon="OUTPUT")
@@ -358,11 +364,4 @@ CLASSES = (
 )
 
 
-def register() -> None:
-    for cls in CLASSES:
-        bpy.utils.register_class(cls)
-
-
-def unregister() -> None:
-    for cls in reversed(CLASSES):
-        bpy.utils.unregister_class(cls)
+register, unregister = bpy.utils.register_classes_factory(CLASSES)

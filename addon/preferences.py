@@ -52,8 +52,7 @@ class Track4DPreferences(bpy.types.AddonPreferences):
     )
     setup_package: bpy.props.StringProperty(
         name="Package",
-        description="What pip installs: a package's name, a wheel, or a folder with the source",
-        default="track4d",
+        description="What pip installs in place of the server that came with the extension: a wheel, or a folder with the source",
     )
     address: bpy.props.StringProperty(
         name="Address",
@@ -69,7 +68,7 @@ class Track4DPreferences(bpy.types.AddonPreferences):
 
     def source(self) -> Source:
         """The same choice for the client thread, which may not touch bpy."""
-        from . import jobs
+        from . import orders
         from .client_thread import Source
 
         other = self.server == "FILE"
@@ -80,7 +79,7 @@ class Track4DPreferences(bpy.types.AddonPreferences):
             home=_path(self.home),
             python=str(_path(self.python) or (inside if read_status(self.server_home()).state == "ready" else "")),
             online=bpy.app.online_access,
-            outbox=jobs.folder(),
+            outbox=orders.folder(),
         )
 
     def server_home(self) -> Path:
@@ -118,7 +117,7 @@ def _draw_setup(layout: bpy.types.UILayout, chosen: Track4DPreferences, setup: S
     if setup.state == "ready":
         layout.label(text=f"Server {setup.version} is set up in {chosen.server_home()}", icon="CHECKMARK")
     else:
-        text = setup.text or "The server takes about 5 GB; what is downloaded comes from the Python package index"
+        text = setup.text or "The server takes about 5 GB, most of it PyTorch, which comes from the Python package index"
         layout.label(text=text, icon="INFO" if setup.state == "absent" else "ERROR")
         layout.prop(chosen, "setup_python")
         layout.prop(chosen, "setup_package")

@@ -1,4 +1,4 @@
-"""Settings of an animation, stored per scene. What a running job is doing is never stored in the file: see jobs.py."""
+"""Settings of an animation, stored per scene. What a running job is doing is never stored in the file: see state.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRESETS = (
     ("fast", "Fast", "A quick look at the motion"),
     ("default", "Default", "The quality that is meant to be kept"),
     ("fine", "Fine", "More Gaussians and more work on motion and colours"),
-    ("paper", "As in the Paper", "The recipe of Track4DGen's paper; for a GPU, on a CPU it takes hours"),
+    ("paper", "As in the Paper", "The recipe of Track4DGen's paper, which takes hours on a CPU"),
 )
 SOURCES = (
     ("PROMPT", "Prompt", "The motion is imagined from a sentence"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import bpy
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from track4d_protocol.messages import Result
 
     from .capture import Snapshot
-    from .jobs import Order
+    from .orders import Order
 
 
-def put(job_id: str, seen: Snapshot, result: Result, order: Order, model: str) -> dict[str, Any]:
-    """Puts a result onto its objects as a take beside the earlier ones, and writes its record.
+def put(job_id: str, seen: Snapshot, result: Result, order: Order, model: str) -> Generator[None, None, dict[str, Any]]:
+    """Puts a result onto its objects as a take beside the earlier ones, and writes its record. In slices.
 
     Of several results of one click the first is shown; the others don't push it aside.
 
@@ -31,7 +31,7 @@ def put(job_id: str, seen: Snapshot, result: Result, order: Order, model: str) -
         model: as the server calls it.
 
     Returns:
-        What `apply.shape_keys` returns.
+        What `apply.apply` returns.
 
     Raises:
         Track4DError: the objects are gone or have changed.
@@ -44,7 +44,8 @@ def put(job_id: str, seen: Snapshot, result: Result, order: Order, model: str) -
     settings = result.report.get("settings", {}) | order.settings
     scenes = [*objects[0].users_scene, bpy.context.scene]
     kind, start = settings.get("output", "shape_keys"), scenes[0].frame_start
-    made = apply.apply(seen, result, kind, frame_start=start, take=job_id, direction=_direction(seen, settings))
+    made = yield from apply.apply_steps(seen, result, kind, start, take=job_id, direction=_direction(seen, settings))
+    objects = find_objects(seen)  # again, after the pauses
     record = {
         "prompt": str(result.report.get("prompt", "")),
         "title": str(settings.get("title") or result.report.get("prompt", "")),

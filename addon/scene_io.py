@@ -71,9 +71,7 @@ def load(path: Path | str) -> tuple[list[bpy.types.Object], list[dict[str, str]]
 def _mesh_objects() -> list[bpy.types.Object]:
     """What is to be animated: visible meshes with faces; not the shapes that stand for bones."""
     shapes = {bone.custom_shape for obj in bpy.data.objects if obj.type == "ARMATURE" for bone in obj.pose.bones}
-    meshes = [
-        obj for obj in bpy.context.view_layer.objects if obj.type == "MESH" and obj not in shapes and obj.data.polygons
-    ]
+    meshes = [obj for obj in bpy.context.view_layer.objects if obj.type == "MESH" and obj not in shapes and obj.data.polygons]
     visible = [obj for obj in meshes if obj.visible_get() and not obj.hide_render]
     selected = [obj for obj in visible if bpy.data.filepath and obj.select_get()]
     return sorted(selected or visible, key=lambda obj: obj.name)
@@ -85,17 +83,10 @@ def _mesh_objects() -> list[bpy.types.Object]:
 def _to_rest_pose() -> bool:
     """Takes every animation and rig off the meshes; whether there was any."""
     meshes = _mesh_objects()
-    rigs = {
-        modifier.object
-        for obj in meshes
-        for modifier in obj.modifiers
-        if modifier.type == "ARMATURE" and modifier.object
-    }
+    rigs = {modifier.object for obj in meshes for modifier in obj.modifiers if modifier.type == "ARMATURE" and modifier.object}
     movers = {*meshes, *rigs, *(parent for obj in (*meshes, *rigs) for parent in _ancestors(obj))}
     rigs |= {obj for obj in movers if obj.type == "ARMATURE"}
-    still = [
-        _stop(owner) for obj in movers for owner in (obj, obj.data, getattr(obj.data, "shape_keys", None)) if owner
-    ]
+    still = [_stop(owner) for obj in movers for owner in (obj, obj.data, getattr(obj.data, "shape_keys", None)) if owner]
     shaped = [_clear_values(obj.data.shape_keys) for obj in meshes if obj.data.shape_keys]
     posed = {rig.data: rig.data.pose_position for rig in rigs}
     for armature in posed:

@@ -6,7 +6,7 @@ during a pause.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ from track4d_protocol.messages import Request, Settings
 from track4d_protocol.space import AZIMUTHS, canonical_similarity, intrinsics, orbit_viewmats
 
 from . import actions, capture, image_sequences
-from .capture.mesh import PlainCopies, PlainCopy, Snapshot, positions, upright_frame
+from .capture.mesh import PlainCopies, PlainCopy, Snapshot, find_again, positions, upright_frame
 from .capture.pictures import render_view
-from .capture.pins import pin_weights
+from .capture.pins import check_group, pin_weights
 
 if TYPE_CHECKING:
     from .properties import Track4DSettings
@@ -28,31 +28,49 @@ if TYPE_CHECKING:
 SIZE = 256  # pixels; the server works at this size
 FILMED_FRAMES = 16  # of another object's motion; as many as the videos of Track4DGen have
 MOST_FRAMES = 48  # of a video; of a longer one, frames at even distances are taken
-Steps = Generator[tuple[int, int], None, Request]  # yields steps done and steps in all
+Steps = Generator[tuple[int, int] | None, None, Request]  # yields steps done and steps in all
 
 
-def steps(seen: Snapshot, chosen: Track4DSettings) -> tuple[Steps, int]:
-    """The work that makes the request, and how many steps it will have as far as is known.
+def plan(chosen: Track4DSettings, known: Sequence[tuple[int, str]]) -> tuple[Callable[[Snapshot], Steps], int]:
+    """The work that makes the request, as a function of the snapshot, and how many steps it will have as far as is known.
+
+    Args:
+        chosen: what is asked for; looked at now, since the user may change it while the work goes on.
+        known: the objects, as `capture.known_objects` gives them.
 
     Raises:
         InputError: no_vertex_group, no_source_object, no_views; more while the work goes on.
     """
-    settings = chosen.to_message()
-    pin = pin_weights(seen, chosen.pin_group) if chosen.pin_group else None
+    settings, group = chosen.to_message(), chosen.pin_group
+    if group:
+        check_group(find_again(known), group)
+    total = 0
     if chosen.source == "VIDEO":
-        work, total = from_files(seen, settings, chosen.views()), 0
+        views = chosen.views()
+
+        def work(seen: Snapshot) -> Steps:
+            return from_files(seen, settings, views)
+
     elif chosen.source == "OBJECT":
-        work, total = from_object(seen, settings, parts_of(chosen.source_object, seen)), FILMED_FRAMES * len(AZIMUTHS)
+        film = filming(parts_of(chosen.source_object, known))
+        total = FILMED_FRAMES * len(AZIMUTHS)
+
+        def work(seen: Snapshot) -> Steps:
+            return from_object(seen, settings, film)
+
     else:
-        work, total = _from_prompt(seen, settings), len(AZIMUTHS)
-    return _pinned(work, pin), total
+        total = len(AZIMUTHS)
 
+        def work(seen: Snapshot) -> Steps:
+            return _from_prompt(seen, settings)
 
-def _pinned(work: Steps, pin: np.ndarray | None) -> Steps:
-    request = yield from work
-    if pin is not None:
-        request.arrays["pin"] = pin
-    return request
+    def whole(seen: Snapshot) -> Steps:
+        request = yield from work(seen)
+        if group:
+            request.arrays["pin"] = yield from pin_weights(seen, group)
+        return request
+
+    return whole, total
 
 
 def _from_prompt(seen: Snapshot, settings: Settings) -> Steps:
@@ -132,13 +150,13 @@ def fit_request(
 # Another object of the scene
 
 
-def parts_of(source: bpy.types.Object | None, seen: Snapshot) -> list[bpy.types.Object]:
-    """The meshes that make up a source: itself and what is parented to it.
+def parts_of(source: bpy.types.Object | None, known: Sequence[tuple[int, str]]) -> list[bpy.types.Object]:
+    """The meshes that make up a source: itself and what is parented to it; none of them is to be animated itself.
 
     Raises:
         InputError: no_source_object.
     """
-    own = {item.session_uid for item in seen.objects}
+    own = {uid for uid, _ in known}
     parts = [obj for obj in (source, *source.children_recursive) if obj.type == "MESH"] if source else []
     if not parts or own & {obj.session_uid for obj in parts}:
         what = f"'{source.name}' holds no mesh of another object" if source else "No object is chosen as the motion's source"
@@ -168,8 +186,14 @@ def own_frames(parts: Sequence[bpy.types.Object]) -> tuple[float, float]:
     return (min(times), max(times)) if times and min(times) < max(times) else (scene.frame_start, scene.frame_end)
 
 
+def filming(parts: Sequence[bpy.types.Object]) -> tuple[list[str], np.ndarray]:
+    """What `from_object` shall film: names of objects, and at which times of the scene."""
+    first, last = own_frames(parts)
+    return [obj.name for obj in parts], np.linspace(first, last, min(FILMED_FRAMES, int(last - first) + 1))
+
+
 def from_object(
-    seen: Snapshot, settings: Settings, parts: Sequence[bpy.types.Object], size: int = SIZE, samples: int = 16
+    seen: Snapshot, settings: Settings, film: tuple[list[str], np.ndarray], size: int = SIZE, samples: int = 16
 ) -> Steps:
     """A request whose motion is that of other objects, filmed from four sides over their own frames.
 
@@ -178,11 +202,9 @@ def from_object(
     Raises:
         InputError: no_source_object when one of them is removed meanwhile, and what `render_view` raises.
     """
-    names = [obj.name for obj in parts]
-    first, last = own_frames(parts)
-    times = np.linspace(first, last, min(FILMED_FRAMES, int(last - first) + 1))
+    names, times = film
     total = len(times) * (len(AZIMUTHS) + 1)
-    with _moment(names, first) as copies:
+    with _moment(names, times[0]) as copies:
         to_world = upright_frame(copies.items[0].matrix_world)
         from_world = np.linalg.inv(to_world)
         canonical = canonical_similarity(_places(copies, from_world), settings.front)
@@ -232,7 +254,7 @@ def _moment(names: Sequence[str], time: float) -> Iterator[PlainCopies]:
             mesh = bpy.data.meshes.new_from_object(evaluated, preserve_all_data_layers=True, depsgraph=layer.depsgraph)
             copies.temporary.append(mesh)
             matrix_world = np.array(evaluated.matrix_world, np.float64)
-            copies.items.append(PlainCopy(obj, mesh, positions(mesh), matrix_world, None))
+            copies.items.append(PlainCopy(obj, mesh, positions(mesh), matrix_world))
         _go_to(scene, bpy.context.scene.frame_current, bpy.context.scene.frame_subframe)  # it has animated the originals too
         for obj in objects:
             scene.collection.objects.unlink(obj)

@@ -301,19 +301,18 @@ def _surface(meshes: list[bpy.types.Object]) -> dict[str, np.ndarray]:
     """
     import bpy
 
-    from .capture.colors import BaseColors
+    from .capture.colors import BaseColors, read_pixels, read_surface
+    from .capture.mesh import positions
 
-    colors, faces, uvs, materials, count = BaseColors(), [], [], [], 0
+    surfaces, faces, uvs, materials, count = [], [], [], [], 0
     graph = bpy.context.evaluated_depsgraph_get()
     for obj in meshes:
         mesh = bpy.data.meshes.new_from_object(obj.evaluated_get(graph), preserve_all_data_layers=True, depsgraph=graph)
         for index, slot in enumerate(obj.material_slots):  # also those that are linked to the object instead of its mesh
             if index < len(mesh.materials):
                 mesh.materials[index] = slot.material
-        corners, corner_uvs, material = colors.triangles(obj, mesh)
-        faces.append(corners + count)
-        uvs.append(corner_uvs)
-        materials.append(material)
+        surfaces.append(read_surface(mesh).cut(positions(mesh)))
+        faces.append(surfaces[-1].triangles + count)
         count += len(mesh.vertices)
         bpy.data.meshes.remove(mesh)
     if count > MOST_VERTICES:
@@ -322,6 +321,12 @@ def _surface(meshes: list[bpy.types.Object]) -> dict[str, np.ndarray]:
             f"The file's meshes have {count} vertices; clips are taken from at most {MOST_VERTICES}.",
             "Use Blender's Decimate modifier.",
         )
+    images = {coat.image for surface in surfaces for coat in surface.coats.values() if coat.image}
+    colors = BaseColors({image.session_uid: read_pixels(image) for image in images})
+    for obj, surface in zip(meshes, surfaces):
+        corner_uvs, material = colors.paint(surface, obj.name)
+        uvs.append(corner_uvs)
+        materials.append(material)
     return {
         "count": np.empty(count, bool),
         "faces": np.concatenate(faces).astype(np.int32),

@@ -22,7 +22,7 @@ from track4d_protocol.messages import Request, Result
 FRAMES, SECONDS = 16, 6.0
 
 
-def run(request: Request, report: Any) -> Result:
+def run(request: Request, report: Any, checkpoint: Any = None) -> Result:
     """What the worker does: a film and a motion after a second, then pictures, then the result."""
     vertices = request.arrays["vertices"]  # [N, 3]
     moved = np.repeat(vertices[None], FRAMES, 0)  # [F, N, 3]
@@ -42,11 +42,11 @@ def switched_on(folder: Path) -> Any:
     """The add-on in this process, with a user folder of its own; its module `jobs`."""
     import bpy
     import track4d_addon
-    from track4d_addon import jobs
+    from track4d_addon import jobs, orders
 
     bpy.ops.wm.read_factory_settings(use_empty=True)
     bpy.context.preferences.addons.new().module = "track4d_addon"
-    jobs.folder = lambda: folder
+    orders.folder = lambda: folder
     track4d_addon.register()
     chosen = bpy.context.preferences.addons["track4d_addon"].preferences
     chosen.connection_file, chosen.server = str(folder / "home" / "connection.json"), "FILE"
@@ -84,22 +84,26 @@ def measure(jobs: Any, count: int) -> dict[str, list[tuple[float, float]]]:
         times.setdefault(kind(), []).append(spent)
         return value
 
+    from track4d_addon import capture, live_motion, turns
+
     took: list[str] = []
-    receive, show = jobs._receive, jobs.live_motion.show
-    jobs._receive = lambda *values: (took.append("the result is applied"), receive(*values))
-    jobs.live_motion.show = lambda *values: (took.append("the motion arrives"), show(*values))
+    kept = capture.render_view, live_motion.show
+    capture.render_view = lambda *values: (took.append("a view"), kept[0](*values))[1]
+    live_motion.show = lambda *values: (took.append("the motion arrives"), kept[1](*values))[1]
 
     def kind() -> str:
-        what = took.pop() if took else "a view" if capturing else "the motion plays" if jobs.live_motion._live else "running"
+        what = took.pop() if took else doing or ("the motion plays" if live_motion._live else "running")
         took.clear()
         return what
 
-    capturing = False
+    doing = ""
     timed(lambda: bpy.ops.track4d.animate(), lambda: "Animate is pressed")
-    while jobs.state.active:
-        capturing = bool(jobs._captures)
+    while jobs.state.active or turns.tasks:
+        phase = next(iter(jobs.state.active.values())).phase if jobs.state.active else jobs.Phase.APPLYING
+        looking = "the object is looked at" if phase is jobs.Phase.CAPTURING else "the result is applied"
+        doing = looking if turns.tasks else ""
         time.sleep(min(timed(jobs.tick, kind), 0.1))
-    jobs._receive, jobs.live_motion.show = receive, show
+    capture.render_view, live_motion.show = kept
     assert jobs.state.problem is None, jobs.state.problem
     bpy.data.objects.remove(obj)
     return times

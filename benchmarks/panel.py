@@ -82,12 +82,12 @@ def main() -> None:
           f"(median of {arguments.starts} fresh processes)\n")  # fmt: skip
 
     import track4d_addon
-    from track4d_addon import jobs, marks, panels
+    from track4d_addon import jobs, marks, orders, panels
     from track4d_protocol.client import Client
 
     bpy.context.preferences.addons.new().module = "track4d_addon"
     unsent = tempfile.TemporaryDirectory()
-    jobs.folder = lambda: Path(unsent.name)  # this package isn't installed as an extension, which would have its own folder
+    orders.folder = lambda: Path(unsent.name)  # this package isn't installed as an extension, which would have its own folder
     track4d_addon.register()
     calls: list[str] = []
     for name in ("__init__", "hello", "submit", "watch", "poll", "jobs", "cancel", "fetch", "forget"):

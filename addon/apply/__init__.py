@@ -7,7 +7,8 @@ stay side by side, and one is shown.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import bpy
@@ -16,13 +17,14 @@ from mathutils import Matrix
 from track4d_protocol.messages import Result
 
 from .. import marks
-from ..capture.mesh import Snapshot
-from .gaussian_cloud import check_size, gaussian_cloud, is_cloud, remove_cloud, splats_of_result
-from .mesh_cache import check_saved, mesh_cache, remove_caches
-from .shape_keys import about, remove_keys, shape_keys, switch
-from .target import check_mode, match
+from ..capture.mesh import Snapshot, find_objects, snapshot
+from ..slices import finished, in_background
+from .gaussian_cloud import Look, build_cloud, check_size, is_cloud, look, remove_cloud, splats_of_result
+from .mesh_cache import cache_steps, check_saved, delete_files, play_caches, remove_caches
+from .shape_keys import about, key_steps, remove_keys, shape_keys, switch
+from .target import check_mode, check_unchanged, fitted
 
-__all__ = ["KINDS", "apply", "check_kind", "remove", "shape_keys", "show"]
+__all__ = ["KINDS", "apply", "apply_steps", "check_kind", "check_mode", "remove", "shape_keys", "show"]
 
 KINDS = ("shape_keys", "gaussian_cloud", "mesh_cache", "all")
 
@@ -67,26 +69,79 @@ def apply(
         ServerError: bad_result, no_gaussians.
     """
     check_kind(kind)
-    seen, objects, frames = match(target, result)
+    seen = target if isinstance(target, Snapshot) else snapshot(target)
+    find_objects(seen)
+    ready = _prepare(seen, result, kind, direction)
+    return finished(_put(seen, result, ready, kind, frame_start, step, take))
+
+
+def apply_steps(
+    seen: Snapshot,
+    result: Result,
+    kind: str = "shape_keys",
+    frame_start: int = 1,
+    step: float = 1.0,
+    take: str = "",
+    direction: Sequence[float] | None = None,
+) -> Generator[None, None, dict[str, Any]]:
+    """`apply` in slices; see `shape_keys.key_steps` for what the user may do meanwhile.
+
+    Raises:
+        Track4DError: as in `apply`, and nothing is left then, nor when the generator is closed.
+    """
+    check_kind(kind)
+    check_unchanged(seen)
+    ready = yield from in_background(_prepare, seen, result, kind, direction)
+    return (yield from _put(seen, result, ready, kind, frame_start, step, take))
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A result as it goes into the scene: what is left to do is to hand it to Blender."""
+
+    moves: list[np.ndarray]  # of each object, [F, n, 3]
+    look: Look | None  # of the cloud
+
+
+def _prepare(seen: Snapshot, result: Result, kind: str, direction: Sequence[float] | None) -> _Ready:
+    """Touches no `bpy`."""
+    moves = fitted(seen, result)
+    if kind not in ("gaussian_cloud", "all"):
+        return _Ready(moves, None)
+    splats = splats_of_result(result)
+    check_size(splats)
+    return _Ready(moves, look(splats, direction))
+
+
+def _put(
+    seen: Snapshot, result: Result, ready: _Ready, kind: str, frame_start: int, step: float, take: str
+) -> Generator[None, None, dict[str, Any]]:
+    check_unchanged(seen)
     wanted = KINDS[:-1] if kind == "all" else (kind,)
-    splats = splats_of_result(result) if "gaussian_cloud" in wanted else None
-    if splats is not None:
-        check_size(splats)
-    remove(objects, take or None)
+    remove(find_objects(seen), take or None)
     take = take or uuid.uuid4().hex
+    frames = len(ready.moves[0])
     made: dict[str, Any] = {
-        "objects": [obj.name for obj in objects],
+        "objects": [item.name for item in seen.objects],
         "frame_start": frame_start,
-        "frame_end": frame_start + (len(frames) - 1) * step,
+        "frame_end": frame_start + (frames - 1) * step,
         "vertices": len(seen.vertices),
         "take": take,
     }
-    if "mesh_cache" in wanted:
-        made["files"] = mesh_cache(seen, result, frame_start, step, take)
-    if "shape_keys" in wanted:
-        made |= shape_keys(seen, result, frame_start, step, take)
-    if splats is not None:
-        cloud = gaussian_cloud(splats, f"{objects[0].name} Gaussians", frame_start, step, seen.to_world, direction)
+    files: list[str] = []
+    try:
+        if "mesh_cache" in wanted:
+            files = made["files"] = yield from cache_steps(seen, ready.moves, frame_start, step, take)
+        if "shape_keys" in wanted:
+            made |= yield from key_steps(seen, ready.moves, result, frame_start, step, take)
+        objects = check_unchanged(seen)
+    except BaseException:
+        delete_files(files)
+        raise
+    made["objects"] = [obj.name for obj in objects]
+    play_caches(objects, files, frames, frame_start, step, take)
+    if ready.look is not None:
+        cloud = build_cloud(ready.look, f"{objects[0].name} Gaussians", frame_start, step, seen.to_world)
         cloud[marks.CLOUD]["take"] = take
         cloud.parent = objects[0]  # it goes where the object goes, also where it went while the job ran
         cloud.matrix_parent_inverse = Matrix(np.linalg.inv(seen.objects[0].matrix_world).tolist())

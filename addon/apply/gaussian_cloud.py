@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bpy
@@ -50,18 +50,49 @@ def gaussian_cloud(
         InputError: cloud_too_large.
     """
     check_size(splats)
-    stack = _points(f"{name} frames", splats.means.reshape(-1, 3), {"rotation": splats.quats.reshape(-1, 4)})
-    looks = {"size": CUTOFF * splats.scales, "opacity": splats.opacities}
+    return build_cloud(look(splats, direction), name, frame_start, step, matrix)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A cloud as it goes into Blender.
+
+    Attributes:
+        places: [F * G, 3]; turns: [F * G, 4] wxyz.
+        points: attributes of the Gaussians, [G] or [G, 3].
+        frames: how many; terms: of the cosine series; degree: of the harmonics towards the camera, 0 without.
+    """
+
+    places: np.ndarray
+    turns: np.ndarray
+    points: dict[str, np.ndarray]
+    frames: int
+    terms: int
+    degree: int
+
+
+def look(splats: Splats, direction: Sequence[float] | None = None) -> Look:
+    """The arithmetic of `gaussian_cloud`; touches no `bpy`."""
+    points = {"size": CUTOFF * splats.scales, "opacity": splats.opacities}
+    harmonics, terms = splats.sh.shape[1:3]
     towards_camera = direction is None and splats.degree > 0
     if towards_camera:
-        harmonics, terms = splats.sh.shape[1:3]
-        looks |= {_coefficient(k, w): splats.sh[:, k, w] for k in range(harmonics) for w in range(terms)}
+        points |= {_coefficient(k, w): splats.sh[:, k, w] for k in range(harmonics) for w in range(terms)}
     else:  # colours of one direction: a cosine series of their own
         looking = np.array([0.0, 0.0, -1.0]) if direction is None else np.asarray(direction, np.float64)
-        looking = looking / np.linalg.norm(looking)
-        basis = np.array(sh_rows(*looking, splats.degree))
-        looks |= {_coefficient(0, w): np.tensordot(splats.sh[:, :, w], basis, (1, 0)) for w in range(splats.sh.shape[2])}
-    cloud = _points(name, splats.means[0], looks)
+        basis = np.array(sh_rows(*looking / np.linalg.norm(looking), splats.degree))
+        points |= {_coefficient(0, w): np.tensordot(splats.sh[:, :, w], basis, (1, 0)) for w in range(terms)}
+    degree = splats.degree if towards_camera else 0
+    points = {name: np.ascontiguousarray(values, np.float32) for name, values in points.items()}
+    return Look(splats.means.reshape(-1, 3), splats.quats.reshape(-1, 4), points, splats.frames, terms, degree)
+
+
+def build_cloud(
+    shown: Look, name: str, frame_start: int = 1, step: float = 1.0, matrix: Sequence[Sequence[float]] | None = None
+) -> bpy.types.Object:
+    """Makes the objects of `gaussian_cloud`."""
+    stack = _points(f"{name} frames", shown.places, {"rotation": shown.turns})
+    cloud = _points(name, shown.places[: len(shown.places) // shown.frames], shown.points)
     collection = bpy.context.scene.collection
     for obj in (cloud, stack):
         collection.objects.link(obj)
@@ -72,7 +103,7 @@ def gaussian_cloud(
     stack.hide_set(True)
     stack.hide_viewport = stack.hide_render = True
     modifier = cloud.modifiers.new("Gaussians", "NODES")
-    modifier.node_group = _play(f"{name} nodes", stack, splats, frame_start, step, towards_camera)
+    modifier.node_group = _play(f"{name} nodes", stack, shown, len(cloud.data.vertices), frame_start, step)
     cycles = getattr(bpy.context.scene, "cycles", None)
     if cycles is not None:
         cycles.transparent_max_bounces = max(cycles.transparent_max_bounces, TRANSPARENT_BOUNCES)
@@ -261,9 +292,7 @@ def _vector(tree: bpy.types.NodeTree, operation: str, *operands: Any) -> bpy.typ
     return _node(tree, "ShaderNodeVectorMath", operands, operation=operation).outputs[0]
 
 
-def _play(
-    name: str, stack: bpy.types.Object, splats: Splats, frame_start: int, step: float, towards_camera: bool
-) -> bpy.types.NodeTree:
+def _play(name: str, stack: bpy.types.Object, shown: Look, count: int, frame_start: int, step: float) -> bpy.types.NodeTree:
     """The node group of a cloud."""
     tree = bpy.data.node_groups.new(name, "GeometryNodeTree")
     tree.is_modifier = True
@@ -273,9 +302,8 @@ def _play(
     def named(attribute: str, kind: str) -> bpy.types.NodeSocket:
         return _node(tree, "GeometryNodeInputNamedAttribute", {"Name": attribute}, data_type=kind).outputs["Attribute"]
 
-    count = splats.means.shape[1]
     scene_time = _Number(tree, _node(tree, "GeometryNodeInputSceneTime").outputs["Frame"])
-    moment = ((scene_time - float(frame_start)) * (1.0 / step)).then("MAXIMUM", 0.0).then("MINIMUM", float(splats.frames - 1))
+    moment = ((scene_time - float(frame_start)) * (1.0 / step)).then("MAXIMUM", 0.0).then("MINIMUM", float(shown.frames - 1))
     moment = (moment + 1e-4).then("FLOOR")
     own = _Number(tree, _node(tree, "GeometryNodeInputIndex").outputs[0])
     row = moment * float(count) + own + 0.25  # to a whole number, by cutting
@@ -289,7 +317,7 @@ def _play(
 
     place = sampled(_node(tree, "GeometryNodeInputPosition").outputs[0], "FLOAT_VECTOR")
     rotation = sampled(named("rotation", "QUATERNION"), "QUATERNION")
-    color = _color(tree, splats, moment, place, towards_camera, lambda name: named(name, "FLOAT_VECTOR"))
+    color = _color(tree, shown, moment, place, lambda name: named(name, "FLOAT_VECTOR"))
 
     begin = _node(tree, "NodeGroupInput").outputs[0]
     placed = _node(tree, "GeometryNodeSetPosition", {"Geometry": begin, "Position": place}).outputs[0]
@@ -310,23 +338,22 @@ def _play(
 
 
 def _color(
-    tree: bpy.types.NodeTree, splats: Splats, moment: _Number, place: bpy.types.NodeSocket, towards_camera: bool,
+    tree: bpy.types.NodeTree, shown: Look, moment: _Number, place: bpy.types.NodeSocket,
     named: Callable[[str], bpy.types.NodeSocket],
 ) -> bpy.types.NodeSocket:  # fmt: skip
     """4D SH as nodes: sRGB colour of each Gaussian at this frame, from the camera's place."""
-    terms = splats.sh.shape[2]
-    waves = [(moment * (math.pi * w / splats.frames)).then("COSINE") for w in range(terms)]
+    waves = [(moment * (math.pi * w / shown.frames)).then("COSINE") for w in range(shown.terms)]
     rows: list[Any] = [1.0]
-    if towards_camera:
+    if shown.degree:
         camera = _node(tree, "GeometryNodeInputActiveCamera").outputs[0]
         eye = _node(tree, "GeometryNodeObjectInfo", {"Object": camera}, transform_space="RELATIVE").outputs["Location"]
         looking = _vector(tree, "NORMALIZE", _vector(tree, "SUBTRACT", place, eye))
         split = _node(tree, "ShaderNodeSeparateXYZ", [looking])
-        rows = sh_rows(*(_Number(tree, socket) for socket in split.outputs), splats.degree)
+        rows = sh_rows(*(_Number(tree, socket) for socket in split.outputs), shown.degree)
     total: Any = (GREY, GREY, GREY)
     for harmonic, row in enumerate(rows):
         series: Any = named(_coefficient(harmonic, 0))
-        for term in range(1, terms):
+        for term in range(1, shown.terms):
             series = _vector(tree, "ADD", series, _vector(tree, "SCALE", named(_coefficient(harmonic, term)), waves[term]))
         total = _vector(tree, "ADD", total, _vector(tree, "SCALE", series, row))
     return _vector(tree, "MAXIMUM", total, (0.0, 0.0, 0.0))

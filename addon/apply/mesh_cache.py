@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import bpy
 import numpy as np
 from track4d_protocol.errors import InputError
-from track4d_protocol.messages import Result
 
 from .. import marks
-from ..capture.mesh import Snapshot, positions
+from ..capture.mesh import Snapshot, find_objects, positions
 from ..files import Staging
 from ..point_cache import write_pc2
-from .shape_keys import switch
-from .target import displacements, match
+from ..slices import in_background
 
 FOLDER = "track4d_cache"
 
@@ -38,54 +36,69 @@ def check_saved() -> None:
         )
 
 
-def mesh_cache(
-    target: Snapshot | Sequence[bpy.types.Object], result: Result, frame_start: int = 1, step: float = 1.0, take: str = ""
-) -> list[str]:
-    """Writes a result as PC2 files and lets the objects play them.
+def cache_steps(
+    seen: Snapshot, moves: list[np.ndarray], frame_start: int = 1, step: float = 1.0, take: str = ""
+) -> Generator[None, None, list[str]]:
+    """Writes a result as PC2 files, in slices; `play_caches` lets the objects play them.
 
     Args:
-        target, result, frame_start, step: as in `shape_keys`.
-        take: under which name; an earlier cache of this name is replaced.
+        seen: the objects.
+        moves: as `target.fitted` gives them.
+        frame_start, step: as in `shape_keys`.
+        take: keys of other takes are no part of what is written.
 
     Returns:
-        Names of the files in the folder `FOLDER` beside the .blend file.
+        Names of the files in the folder `FOLDER` beside the .blend file, in the order of the objects.
 
     Raises:
-        InputError: unsaved_file, missing_folder, and what `target.match` raises. Nothing is changed then.
-        ServerError: bad_result.
+        InputError: unsaved_file, missing_folder, object_missing.
     """
     check_saved()
-    seen, objects, frames = match(target, result)
-    remove_caches(objects, take)
     folder = Path(bpy.data.filepath).parent / FOLDER
+    bases = [_mixed(obj, take) for obj in find_objects(seen)]
+    paths = [folder / f"{bpy.path.clean_name(item.name)}_{uuid.uuid4().hex[:8]}.pc2" for item in seen.objects]
+    yield from in_background(_write, paths, bases, moves, frame_start, step)
+    return [path.name for path in paths]
+
+
+def _write(paths: list[Path], bases: list[np.ndarray], moves: list[np.ndarray], frame_start: int, step: float) -> None:
     try:
-        folder.mkdir(exist_ok=True)
+        paths[0].parent.mkdir(exist_ok=True)
         with Staging() as staging:
-            paths = []
-            for (item, part), obj in zip(seen.slices(), objects):
-                if marks.takes(obj.data.shape_keys):
-                    switch(obj.data.shape_keys, take)  # the keys of other takes are no part of the base
-                moves = displacements(item, frames[:, part] - seen.vertices[part], seen.to_world)
-                paths.append(folder / f"{bpy.path.clean_name(obj.name)}_{uuid.uuid4().hex[:8]}.pc2")
-                write_pc2(staging.place(paths[-1]), _mixed(obj) + moves, frame_start, step)
+            for path, base, own in zip(paths, bases, moves):
+                write_pc2(staging.place(path), base + own, frame_start, step)
             staging.commit()
     except OSError as error:
         raise InputError(
-            "missing_folder", f"The folder '{folder}' can't be written to: {error.strerror}.", "Make room, or save elsewhere."
+            "missing_folder",
+            f"The folder '{paths[0].parent}' can't be written to: {error.strerror}.",
+            "Make room, or save elsewhere.",
         ) from error
-    for path, obj in zip(paths, objects):
+
+
+def play_caches(
+    objects: Sequence[bpy.types.Object], files: Sequence[str], frames: int, frame_start: int, step: float, take: str
+) -> None:
+    """Lets objects play the files of a take; an earlier cache of this name is replaced."""
+    remove_caches(objects, take)
+    for name, obj in zip(files, objects):
         modifier = obj.modifiers.new("Track4D", "MESH_CACHE")
-        modifier.cache_format, modifier.filepath = "PC2", f"//{FOLDER}/{path.name}"
+        modifier.cache_format, modifier.filepath = "PC2", f"//{FOLDER}/{name}"
         modifier.frame_scale, modifier.frame_start = 1 / step, frame_start / step  # it shows frame * scale - start
         obj.modifiers.move(len(obj.modifiers) - 1, 0)
         record = {
             "modifier": modifier.name,
-            "file": path.name,
+            "file": name,
             "frame_start": frame_start,
-            "frame_end": frame_start + (len(frames) - 1) * step,
+            "frame_end": frame_start + (frames - 1) * step,
         }
         obj[marks.CACHE] = json.dumps(marks.caches(obj) | {take: record})
-    return [path.name for path in paths]
+
+
+def delete_files(files: Sequence[str]) -> None:
+    """Deletes files that no object plays."""
+    for name in files:
+        _delete(name)
 
 
 def remove_caches(objects: Sequence[bpy.types.Object], take: str | None = None) -> None:
@@ -115,14 +128,21 @@ def _delete(name: str) -> None:
         folder.rmdir()
 
 
-def _mixed(obj: bpy.types.Object) -> np.ndarray:
-    """The object's own vertices under its shape keys, before its modifiers; [N, 3] float32."""
-    if obj.data.shape_keys is None:
+def _mixed(obj: bpy.types.Object, take: str) -> np.ndarray:
+    """The object's own vertices under its shape keys but those of other takes, before its modifiers; [N, 3] float32."""
+    keys = obj.data.shape_keys
+    if keys is None:
         return positions(obj.data)
+    others = [keys.key_blocks[name] for other, names in marks.takes(keys).items() if other != take for name in names]
+    muted = [block.mute for block in others]
+    for block in others:
+        block.mute = True
     index = obj.active_shape_key_index
     mixed = obj.shape_key_add(name="mix", from_mix=True)
     places = np.empty(len(obj.data.vertices) * 3, np.float32)
     mixed.points.foreach_get("co", places)
     obj.shape_key_remove(mixed)
     obj.active_shape_key_index = index
+    for block, mute in zip(others, muted):
+        block.mute = mute
     return places.reshape(-1, 3)

@@ -6,19 +6,22 @@ added in the meantime) goes on working. Between two frames the vertices move lin
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
+import bmesh
 import bpy
 import numpy as np
 from track4d_protocol.messages import Result
 
-from .. import actions, marks
-from ..capture.mesh import Snapshot
-from .target import check_mode, displacements, match
+from .. import actions, marks, slices
+from ..capture.mesh import Snapshot, find_objects
+from .target import check_count, check_mode, match
 
 LINEAR = 1  # Keyframe.interpolation as foreach_set takes it
+UNFINISHED = "unfinished"  # in the mark of keys: the take that is being put onto the object
 
 
 def shape_keys(
@@ -41,19 +44,42 @@ def shape_keys(
         InputError: object_missing, in_edit_mode, topology_changed, and what `snapshot` raises. Nothing is changed then.
         ServerError: bad_result, the result doesn't have the size of the objects or isn't finite.
     """
-    seen, objects, frames = match(target, result)
-    remove_keys(objects, take or None)
+    seen, moves = match(target, result)
+    return slices.finished(key_steps(seen, moves, result, frame_start, step, take))
+
+
+def key_steps(
+    seen: Snapshot, moves: list[np.ndarray], result: Result, frame_start: int = 1, step: float = 1.0, take: str = ""
+) -> Generator[None, None, dict[str, Any]]:
+    """`shape_keys` in slices.
+
+    What is there during a pause moves nothing and is marked as unfinished: `sweep` takes it away before a file is saved and after
+    an undo, and then it is begun again; so it is when the user takes keys away. While an object is edited, it is waited for.
+
+    Args:
+        moves: as `target.fitted` gives them.
+
+    Raises:
+        InputError: object_missing, topology_changed; nothing is left then, nor when the generator is closed.
+    """
+    remove_keys(find_objects(seen), take or None)
     take = take or uuid.uuid4().hex
-    prompt = str(result.report.get("prompt", "")) or "motion"
-    action = bpy.data.actions.new(f"Track4D: {prompt}"[:63])
-    action[marks.MARK] = take
-    names: list[str] = []
-    for (item, part), obj in zip(seen.slices(), objects):
-        moves = displacements(item, frames[:, part] - seen.vertices[part], seen.to_world)
-        names = _add_keys(obj, moves, take)
-        switch(obj.data.shape_keys, take)
-        used = _animate(obj.data.shape_keys, names, action, frame_start, step)
-        marks.remember(obj, take, **about(result))
+    try:
+        yield from _add_all(seen, moves, take)
+        objects = find_objects(seen)
+        prompt = str(result.report.get("prompt", "")) or "motion"
+        action = bpy.data.actions.new(f"Track4D: {prompt}"[:63])
+        action[marks.MARK] = take
+        for obj in objects:
+            keys = obj.data.shape_keys
+            names = marks.takes(keys)[take]
+            _settle(keys)
+            switch(keys, take)
+            used = _animate(keys, names, action, frame_start, step)
+            marks.remember(obj, take, **about(result))
+            obj.data.update()
+    finally:
+        sweep()
     if not action.users:
         bpy.data.actions.remove(action)  # every object has an action of its own that took the curves
         action = used
@@ -62,10 +88,76 @@ def shape_keys(
         "keys": names,
         "action": action.name,
         "frame_start": frame_start,
-        "frame_end": frame_start + (len(frames) - 1) * step,
+        "frame_end": frame_start + (len(moves[0]) - 1) * step,
         "vertices": len(seen.vertices),
         "take": take,
     }
+
+
+def _add_all(seen: Snapshot, moves: list[np.ndarray], take: str) -> Generator[None, None, None]:
+    end = time.perf_counter() + slices.SLICE
+    while True:
+        objects = find_objects(seen)  # again after each pause
+        if any(obj.mode != "OBJECT" for obj in objects):
+            yield
+            continue
+        for item, obj in zip(seen.objects, objects):
+            check_count(item, obj)
+        missing = next(((obj, own) for obj, own in zip(objects, moves) if len(_unfinished(obj, take)) < len(own)), None)
+        if missing is None:
+            return
+        obj, own = missing
+        _add_key(obj, own[len(_unfinished(obj, take))], take)
+        if time.perf_counter() > end:
+            there = [_unfinished(obj, take) for obj in objects]
+            yield
+            if [_unfinished(obj, take) for obj in find_objects(seen)] != there:
+                sweep()  # by an undo, a save or the user's hand keys are gone: begin again
+            end = time.perf_counter() + slices.SLICE
+
+
+def _unfinished(obj: bpy.types.Object, take: str) -> list[str]:
+    """The keys of the take that is being put onto an object."""
+    return marks.takes(obj.data.shape_keys).get(take, [])
+
+
+def _settle(keys: bpy.types.Key) -> None:
+    """No take of these keys is unfinished any more."""
+    marks.write(keys, {name: value for name, value in marks.read(keys).items() if name != UNFINISHED})
+
+
+def sweep() -> None:
+    """Removes the keys of every unfinished take of the file, also from meshes that were copied meanwhile."""
+    for keys in [keys for keys in bpy.data.shape_keys if UNFINISHED in marks.read(keys) and keys.library is None]:
+        mesh = keys.user
+        users = [obj for obj in bpy.data.objects if obj.data == mesh]
+        obj = users[0] if users else bpy.data.objects.new("Track4D", mesh)  # keys are taken from objects only
+        try:
+            index, take = obj.active_shape_key_index, marks.read(keys)[UNFINISHED]
+            drop_layers(mesh, marks.takes(keys)[take])
+            _remove_take(obj, take)
+            if not marks.takes(keys):
+                _end(obj, keys)
+            else:
+                _settle(keys)
+            if obj.data.shape_keys:
+                obj.active_shape_key_index = min(index, len(keys.key_blocks) - 1)
+            mesh.update()
+        finally:
+            if not users:
+                bpy.data.objects.remove(obj)
+
+
+def drop_layers(mesh: bpy.types.Mesh, names: Sequence[str]) -> None:
+    """Of keys that are to be removed: a mesh that is edited has each as a layer, from which Blender would make it again."""
+    if not mesh.is_editmode:
+        return
+    edited = bmesh.from_edit_mesh(mesh)
+    layers = edited.verts.layers.shape
+    for name in names:
+        if name in layers:
+            layers.remove(layers[name])
+    bmesh.update_edit_mesh(mesh)
 
 
 def remove_keys(objects: Sequence[bpy.types.Object], take: str | None = None) -> int:
@@ -92,10 +184,7 @@ def remove_keys(objects: Sequence[bpy.types.Object], take: str | None = None) ->
         for name in takes if take is None else [take]:
             _remove_take(obj, name)
         if take is None or len(takes) == 1:
-            if marks.read(keys)["basis"] and len(keys.key_blocks) == 1:
-                obj.shape_key_clear()
-            else:
-                marks.erase(keys)
+            _end(obj, keys)
         elif marks.shown(keys) == take:
             switch(keys, list(marks.takes(keys))[-1])
         marks.forget(obj, take)
@@ -105,25 +194,30 @@ def remove_keys(objects: Sequence[bpy.types.Object], take: str | None = None) ->
     return len(found)
 
 
-def _add_keys(obj: bpy.types.Object, moves: np.ndarray, take: str) -> list[str]:
+def _end(obj: bpy.types.Object, keys: bpy.types.Key) -> None:
+    """The last take is gone: nothing is left of us."""
+    made_basis = marks.read(keys)["basis"]
+    marks.erase(keys)
+    if made_basis and len(keys.key_blocks) == 1:
+        obj.shape_key_clear()
+
+
+def _add_key(obj: bpy.types.Object, move: np.ndarray, take: str) -> None:
+    """The next frame's key of an unfinished take; `move` is [N, 3]."""
     index = obj.active_shape_key_index
     added_basis = obj.data.shape_keys is None
     if added_basis:
         obj.shape_key_add(name="Basis", from_mix=False)
     keys = obj.data.shape_keys
-    basis = np.empty(moves.shape[1] * 3, np.float32)
+    basis = np.empty(move.size, np.float32)
     keys.reference_key.points.foreach_get("co", basis)
-    names = []
-    for number, move in enumerate(moves, 1):
-        block = obj.shape_key_add(name=f"f{number:04d}", from_mix=False)
-        block.relative_key = keys.reference_key
-        block.points.foreach_set("co", basis + move.ravel())
-        names.append(block.name)
     mark = {"basis": added_basis} | marks.read(keys)
-    marks.write(keys, mark | {"takes": mark.get("takes", {}) | {take: names}})
+    names = mark.get("takes", {}).get(take, [])
+    block = obj.shape_key_add(name=f"f{len(names) + 1:04d}", from_mix=False)
+    block.relative_key = keys.reference_key
+    block.points.foreach_set("co", basis + move.ravel())
+    marks.write(keys, mark | {"takes": mark.get("takes", {}) | {take: [*names, block.name]}, UNFINISHED: take})
     obj.active_shape_key_index = index
-    obj.data.update()
-    return names
 
 
 def switch(keys: bpy.types.Key, take: str) -> None:

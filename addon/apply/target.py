@@ -12,15 +12,26 @@ from track4d_protocol.messages import Result
 from ..capture.mesh import ObjectSnapshot, Snapshot, find_objects, snapshot, topology_hash
 
 
-def match(target: Snapshot | Sequence[bpy.types.Object], result: Result) -> tuple[Snapshot, list[bpy.types.Object], np.ndarray]:
-    """The snapshot, its objects as they are now, and the result's vertices [F, N, 3] in capture space.
+def match(target: Snapshot | Sequence[bpy.types.Object], result: Result) -> tuple[Snapshot, list[np.ndarray]]:
+    """The snapshot, and each object's displacements as `fitted` gives them; all is checked.
 
     Raises:
         InputError: object_missing, in_edit_mode, topology_changed, and what `snapshot` raises.
         ServerError: bad_result, the result doesn't have the size of the objects or isn't finite.
     """
     seen = target if isinstance(target, Snapshot) else snapshot(target)
-    objects = find_objects(seen)
+    find_objects(seen)
+    moves = fitted(seen, result)
+    check_unchanged(seen)
+    return seen, moves
+
+
+def fitted(seen: Snapshot, result: Result) -> list[np.ndarray]:
+    """The result's displacements [F, n, 3] float32 of each object's own vertices, before its modifiers; touches no `bpy`.
+
+    Raises:
+        ServerError: bad_result, the result doesn't have the size of the objects or isn't finite.
+    """
     frames = np.asarray(result.arrays["vertices"], np.float32)  # [F, N, 3]
     if frames.ndim != 3 or frames.shape[1:] != seen.vertices.shape:
         raise ServerError(
@@ -30,9 +41,19 @@ def match(target: Snapshot | Sequence[bpy.types.Object], result: Result) -> tupl
         )
     if not np.isfinite(frames).all():
         raise ServerError("bad_result", "The result has coordinates that are not finite.", "Animate again with another seed.")
+    return [displacements(item, frames[:, part] - seen.vertices[part], seen.to_world) for item, part in seen.slices()]
+
+
+def check_unchanged(seen: Snapshot) -> list[bpy.types.Object]:
+    """The objects of a snapshot as they are now, whose faces are those that were captured.
+
+    Raises:
+        InputError: object_missing, in_edit_mode, topology_changed.
+    """
+    objects = find_objects(seen)
     for item, obj in zip(seen.objects, objects):
-        _check_unchanged(item, obj)
-    return seen, objects, frames
+        _check_faces(item, obj)
+    return objects
 
 
 def check_mode(obj: bpy.types.Object) -> None:
@@ -47,14 +68,21 @@ def check_mode(obj: bpy.types.Object) -> None:
         )
 
 
-def _check_unchanged(item: ObjectSnapshot, obj: bpy.types.Object) -> None:
-    check_mode(obj)
+def check_count(item: ObjectSnapshot, obj: bpy.types.Object) -> None:
+    """Raises:
+    InputError: topology_changed.
+    """
     if len(obj.data.vertices) != item.count:
         raise InputError(
             "topology_changed",
             f"'{obj.name}' has {len(obj.data.vertices)} vertices; it had {item.count} when it was captured.",
             "Undo the change, or animate it again.",
         )
+
+
+def _check_faces(item: ObjectSnapshot, obj: bpy.types.Object) -> None:
+    check_mode(obj)
+    check_count(item, obj)
     if topology_hash(obj.data) != item.topology:
         raise InputError(
             "topology_changed",

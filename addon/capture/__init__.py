@@ -15,11 +15,13 @@ from track4d_protocol.errors import InputError
 from track4d_protocol.messages import Request, Settings
 from track4d_protocol.space import canonical_similarity
 
+from ..slices import finished
 from .cameras import orbit_cameras
-from .mesh import ObjectSnapshot, Snapshot, find_objects, plain_copies, snapshot
+from .mesh import ObjectSnapshot, Snapshot, changed, find_objects, known_objects, plain_copies, snapshot, snapshot_steps
 from .pictures import render_view
 
-__all__ = ["ObjectSnapshot", "Report", "Snapshot", "capture", "find_objects", "snapshot", "steps"]
+__all__ = ["ObjectSnapshot", "Report", "Snapshot", "capture", "find_objects", "known_objects", "snapshot",
+           "snapshot_steps", "steps"]  # fmt: skip
 
 Report = Callable[[str, int, int], None]  # stage, step, total; may raise `Cancelled`
 
@@ -46,12 +48,7 @@ def capture(
     Raises:
         InputError: the objects can't be animated or rendered; see `snapshot` and `render_view`.
     """
-    working = steps(objects, settings, size, samples, report)
-    while True:
-        try:
-            next(working)
-        except StopIteration as stop:
-            return stop.value
+    return finished(steps(objects, settings, size, samples, report))
 
 
 def steps(
@@ -78,7 +75,7 @@ def steps(
     for done, (viewmat, K) in enumerate(zip(viewmats, Ks)):
         if report:
             report("capture", done, len(viewmats))
-        with plain_copies(find_objects(seen), unbend=False) as copies:
+        with plain_copies(find_objects(seen)) as copies:
             _check_unchanged(seen, copies)
             view, depth = render_view(copies, from_world, canonical, viewmat, K, size, samples)
         views.append(view)
@@ -120,4 +117,4 @@ def _check_unchanged(seen: Snapshot, copies) -> None:
         if len(points) != item.count or not np.allclose(
             points, seen.vertices[part], rtol=1e-5, atol=1e-5 * np.ptp(seen.vertices)
         ):
-            raise InputError("changed_during_capture", f"'{item.name}' was changed while it was captured.", "Start again.")
+            raise changed(item.name)

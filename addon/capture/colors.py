@@ -8,7 +8,7 @@ correct it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import bpy
 import numpy as np
@@ -45,91 +45,225 @@ class _Base:
     attribute: str | None = None
 
 
-class BaseColors:
-    """Collects one texture per material over all objects of a capture.
+@dataclass(frozen=True)
+class Image:
+    """An image of the file, by what is true also after a pause.
 
     Attributes:
+        session_uid: finds it.
+        name: for messages.
+    """
+
+    session_uid: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Coat:
+    """The colour of one material slot, read from Blender.
+
+    Attributes:
+        material: its full name; None for the colour of what has no material.
+        factor: [3] linear, times the image or the colours.
+        image: None without one.
+        uvs: [L, 2] float32 per corner, None without a UV map; scale and offset of a Mapping node: [2].
+        colors: [L, 3] float32 linear colours per corner, in the place of an image.
+    """
+
+    material: str | None
+    factor: np.ndarray
+    image: Image | None
+    uvs: np.ndarray | None
+    scale: np.ndarray
+    offset: np.ndarray
+    colors: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The faces of a mesh with their colours, read from Blender: what is left to do is arithmetic.
+
+    Attributes:
+        corners: [L] int32, vertex of each face corner; starts: [P] int32, first corner of each polygon.
+        loops: [T, 3] int32, corners of the triangles; None of a mesh of triangles and quads, before `cut`.
+        slots: [T] int32, material slots of the triangles.
+        coats: by slot, of those that a triangle has.
+        bare: faces are there that have no material.
+    """
+
+    corners: np.ndarray
+    starts: np.ndarray
+    loops: np.ndarray | None
+    slots: np.ndarray
+    coats: dict[int, Coat]
+    bare: bool
+
+    def cut(self, points: np.ndarray) -> Surface:
+        """The same with its triangles; `points` are the vertices, [N, 3]. As Blender cuts: a quad from its first corner to its
+        third, but from the second to the fourth where the other two lie on one side of that line."""
+        if self.loops is not None:
+            return self
+        sizes = np.diff(self.starts, append=len(self.corners))
+        quads = self.starts[sizes == 4]
+        a, b, c, d = (points[self.corners[quads + k]].astype(np.float32) for k in range(4))
+        flipped = (np.cross(b - a, c - a) * np.cross(d - a, c - a)).sum(1) > 0
+        first = np.where(flipped[:, None], (0, 1, 3), (0, 1, 2))
+        second = np.where(flipped[:, None], (1, 2, 3), (0, 2, 3))
+        ends = np.cumsum(sizes - 2)  # triangles up to each polygon
+        loops = np.repeat(self.starts, sizes - 2)[:, None] + np.arange(3)
+        loops[ends[sizes == 4] - 2] = quads[:, None] + first
+        loops[ends[sizes == 4] - 1] = quads[:, None] + second
+        return replace(self, loops=loops.astype(np.int32))
+
+    @property
+    def triangles(self) -> np.ndarray:
+        """Vertices of the triangles, [T, 3] int32; after `cut`."""
+        return self.corners[self.loops]
+
+
+def corner_vertices(mesh: bpy.types.Mesh) -> np.ndarray:
+    """The vertex of each face corner, [L] int32; the attribute is read 500 times as fast as `loops`."""
+    corners = np.empty(len(mesh.loops), np.int32)
+    if len(corners):
+        mesh.attributes[".corner_vert"].data.foreach_get("value", corners)
+    return corners
+
+
+def first_corners(mesh: bpy.types.Mesh) -> np.ndarray:
+    """The first corner of each polygon, [P] int32."""
+    starts = np.empty(len(mesh.polygons), np.int32)
+    mesh.polygons.foreach_get("loop_start", starts)
+    return starts
+
+
+def read_surface(mesh: bpy.types.Mesh) -> Surface:
+    """Reads a mesh with materials; it may be an evaluated copy."""
+    corners, starts = corner_vertices(mesh), first_corners(mesh)
+    sizes, loops = np.diff(starts, append=len(corners)), None
+    if len(sizes) and (sizes.min() < 3 or sizes.max() > 4):
+        mesh.calc_loop_triangles()
+        loops = np.empty((len(mesh.loop_triangles), 3), np.int32)
+        mesh.loop_triangles.foreach_get("loops", loops.reshape(-1))
+    slots = np.zeros(len(mesh.polygons), np.int32)
+    if "material_index" in mesh.attributes:
+        mesh.attributes["material_index"].data.foreach_get("value", slots)
+    slots = np.repeat(slots, np.maximum(sizes - 2, 0))  # a polygon of n corners has n - 2 triangles, in the polygons' order
+    slots = np.clip(slots, 0, max(len(mesh.materials) - 1, 0))  # as Blender does with an index that is too large
+    coats = {int(slot): _coat(mesh, mesh.materials[slot] if len(mesh.materials) else None, corners) for slot in np.unique(slots)}
+    return Surface(corners, starts, loops, slots, coats, not len(mesh.materials) or None in list(mesh.materials))
+
+
+def _coat(mesh: bpy.types.Mesh, material: bpy.types.Material | None, corners: np.ndarray) -> Coat:
+    base = _base(material)
+    colors = None if base.attribute is None else _corner_colors(mesh, base.attribute, corners)
+    image = Image(base.image.session_uid, base.image.name) if base.image is not None else None
+    uvs = _uv_layer(mesh, base.uv_map) if image else None
+    name = material.name_full if material else None
+    return Coat(name, base.factor, image, uvs, np.float32(base.uv_scale), np.float32(base.uv_offset), colors)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """An image's pixels as Blender has them.
+
+    Attributes:
+        values: [h, w, channels] float32, bottom row first.
+        encoded: they are sRGB already; else linear.
+    """
+
+    values: np.ndarray
+    encoded: bool
+
+
+def read_pixels(image: Image) -> Pixels | None:
+    """The pixels of an image; None when it is gone or can't be read."""
+    found = next((other for other in bpy.data.images if other.session_uid == image.session_uid), None)
+    if found is None:
+        return None
+    width, height = found.size
+    if not width or not height or found.channels == 0:
+        return None
+    flat = np.empty(width * height * found.channels, np.float32)
+    found.pixels.foreach_get(flat)
+    return Pixels(flat.reshape(height, width, -1), not found.is_float and found.colorspace_settings.name == "sRGB")
+
+
+class BaseColors:
+    """Collects one texture per material over all objects of a capture. It doesn't touch `bpy`.
+
+    Attributes:
+        pixels: of the images that the surfaces name, by their session_uid; None for one that can't be read.
         textures: uint8 [h, w, 3] sRGB, top row first.
         warnings: {"code", "message", "action"} about textures and UVs that are missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pixels: dict[int, Pixels | None]) -> None:
+        self.pixels = pixels
         self.textures: list[np.ndarray] = []
         self.warnings: list[dict[str, str]] = []
         self._index: dict[str | None, int] = {}
 
-    def triangles(self, obj: bpy.types.Object, mesh: bpy.types.Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Triangles of a mesh with their colours.
+    def paint(self, surface: Surface, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The colours of a surface's triangles.
 
         Args:
-            obj: the user's object, for names in warnings.
-            mesh: with materials; may be an evaluated copy.
+            surface: of a mesh, after `cut`.
+            name: of its object, for warnings.
 
         Returns:
-            vertices of the corners [T, 3] int32, uvs of the corners [T, 3, 2] float32, index into `textures` [T] int32.
+            uvs of the corners [T, 3, 2] float32, index into `textures` [T] int32.
         """
-        mesh.calc_loop_triangles()
-        count = len(mesh.loop_triangles)
-        corners, loops = np.empty(count * 3, np.int32), np.empty(count * 3, np.int32)
-        slots, materials = np.empty(count, np.int32), np.zeros(count, np.int32)
-        mesh.loop_triangles.foreach_get("vertices", corners)
-        mesh.loop_triangles.foreach_get("loops", loops)
-        mesh.loop_triangles.foreach_get("material_index", slots)
-        corners, loops = corners.reshape(-1, 3), loops.reshape(-1, 3)
-        uvs = np.zeros((count, 3, 2), np.float32)
-        slots = np.clip(slots, 0, max(len(mesh.materials) - 1, 0))  # as Blender does with an index that is too large
+        count = len(surface.loops)
+        uvs, materials = np.zeros((count, 3, 2), np.float32), np.zeros(count, np.int32)
         without_uvs = False
-        for slot in np.unique(slots):
-            on = np.nonzero(slots == slot)[0]
-            material = mesh.materials[slot] if len(mesh.materials) else None
-            base = _base(material)
-            if base.attribute is not None and (colors := _corner_colors(mesh, base.attribute)) is not None:
-                materials[on], uvs[on] = self._atlas(colors[loops[on]].mean(1) * base.factor)
+        for slot, coat in surface.coats.items():
+            on = np.nonzero(surface.slots == slot)[0]
+            loops = surface.loops[on]
+            if coat.colors is not None:
+                materials[on], uvs[on] = self._atlas(coat.colors[loops].mean(1) * coat.factor)
                 continue
-            materials[on] = self._texture(material, base)
-            if base.image is not None:
-                layer = _uv_layer(mesh, base.uv_map)
-                without_uvs |= layer is None
-                if layer is not None:
-                    uvs[on] = layer[loops[on]] * np.float32(base.uv_scale) + np.float32(base.uv_offset)
+            materials[on] = self._texture(coat)
+            without_uvs |= coat.image is not None and coat.uvs is None
+            if coat.uvs is not None:
+                uvs[on] = coat.uvs[loops] * coat.scale + coat.offset
         if without_uvs:
             self.warnings.append(
                 {
                     "code": "no_uvs",
-                    "message": f"'{obj.name}' has a texture but no UV map.",
+                    "message": f"'{name}' has a texture but no UV map.",
                     "action": "Nothing to do if it looks right in Blender; else unwrap it.",
                 }
             )
-        if not len(mesh.materials) or None in list(mesh.materials):
+        if surface.bare:
             self.warnings.append(
                 {
                     "code": "no_material",
-                    "message": f"'{obj.name}' has faces without a material; they count as grey.",
+                    "message": f"'{name}' has faces without a material; they count as grey.",
                     "action": "Give them a material if colours shall help to follow the motion.",
                 }
             )
-        return corners, uvs, materials
+        return uvs, materials
 
-    def _texture(self, material: bpy.types.Material | None, base: _Base) -> int:
-        key = material.name_full if material else None
-        if key not in self._index:
-            self._index[key] = len(self.textures)
-            picture = _pixels(base.image) if base.image is not None else None
-            if base.image is not None and picture is None:
+    def _texture(self, coat: Coat) -> int:
+        if coat.material not in self._index:
+            self._index[coat.material] = len(self.textures)
+            pixels = self.pixels.get(coat.image.session_uid) if coat.image else None
+            picture = _picture(pixels) if pixels else None
+            if coat.image and picture is None:
                 self.warnings.append(
                     {
                         "code": "missing_texture",
-                        "message": f"The image '{base.image.name}' of the material '{key}' can't be read.",
+                        "message": f"The image '{coat.image.name}' of the material '{coat.material}' can't be read.",
                         "action": "Use File > External Data > Find Missing Files.",
                     }
                 )
                 picture = np.broadcast_to(linear_to_srgb(NEUTRAL), (1, 1, 3))
             if picture is None:
-                picture = linear_to_srgb(base.factor).reshape(1, 1, 3)
-            elif not np.allclose(base.factor, 1.0, atol=2e-3):
-                picture = linear_to_srgb(srgb_to_linear(picture) * base.factor)
+                picture = linear_to_srgb(coat.factor).reshape(1, 1, 3)
+            elif not np.allclose(coat.factor, 1.0, atol=2e-3):
+                picture = linear_to_srgb(srgb_to_linear(picture) * coat.factor)
             self.textures.append(to_bytes(picture))
-        return self._index[key]
+        return self._index[coat.material]
 
     def _atlas(self, colors: np.ndarray) -> tuple[int, np.ndarray]:
         """One texel per triangle from linear colours [T, 3]; its index and the corners' uvs [T, 3, 2]."""
@@ -235,7 +369,7 @@ def _uv_layer(mesh: bpy.types.Mesh, name: str) -> np.ndarray | None:
     return uv.reshape(-1, 2)
 
 
-def _corner_colors(mesh: bpy.types.Mesh, name: str) -> np.ndarray | None:
+def _corner_colors(mesh: bpy.types.Mesh, name: str, corners: np.ndarray) -> np.ndarray | None:
     """A colour attribute per corner, linear; [L, 3] float32. The one that is active for rendering has the name ""."""
     layers = mesh.color_attributes
     layer = (
@@ -246,21 +380,13 @@ def _corner_colors(mesh: bpy.types.Mesh, name: str) -> np.ndarray | None:
     values = np.empty(len(layer.data) * 4, np.float32)
     layer.data.foreach_get("color", values)
     values = values.reshape(-1, 4)[:, :3]
-    if layer.domain == "POINT":
-        corners = np.empty(len(mesh.loops), np.int32)
-        mesh.loops.foreach_get("vertex_index", corners)
-        values = values[corners]
-    return values
+    return values[corners] if layer.domain == "POINT" else values
 
 
-def _pixels(image: bpy.types.Image) -> np.ndarray | None:
-    """An image as sRGB 0..1, top row first, at most `LARGEST` pixels wide and high; None when it can't be read."""
-    width, height = image.size
-    if not width or not height or image.channels == 0:
-        return None
-    flat = np.empty(width * height * image.channels, np.float32)
-    image.pixels.foreach_get(flat)
-    pixels = flat.reshape(height, width, image.channels)[::-1, :, :3]
+def _picture(image: Pixels) -> np.ndarray:
+    """An image as sRGB 0..1, [h, w, 3], top row first, at most `LARGEST` pixels wide and high."""
+    height, width = image.values.shape[:2]
+    pixels = image.values[::-1, :, :3]
     if pixels.shape[2] < 3:
         pixels = np.repeat(pixels[..., :1], 3, 2)
     for axis, size in ((0, height), (1, width)):
@@ -269,5 +395,4 @@ def _pixels(image: bpy.types.Image) -> np.ndarray | None:
             edges = np.linspace(0, size, target + 1).astype(np.int64)
             widths = np.diff(edges).reshape([-1 if k == axis else 1 for k in range(3)])
             pixels = np.add.reduceat(pixels, edges[:-1], axis=axis) / widths
-    encoded = not image.is_float and image.colorspace_settings.name == "sRGB"
-    return pixels if encoded else linear_to_srgb(pixels)
+    return pixels if image.encoded else linear_to_srgb(pixels)

@@ -128,6 +128,12 @@ def _set_up_render(scene: bpy.types.Scene, size: int, samples: int) -> None:
     scene.view_settings.view_transform = "Standard"
     cycles.device, cycles.samples, cycles.seed = "CPU", samples, 0
     cycles.use_adaptive_sampling = cycles.use_denoising = False
+    # For three large lamps and an even world these cost a third of the time and leave the noise as it is.
+    cycles.use_light_tree = False
+    scene.world.cycles.sampling_method = "NONE"
+    for obj in scene.objects:
+        if obj.type == "LIGHT":
+            obj.data.cycles.use_multiple_importance_sampling = False
     cycles.max_bounces = cycles.diffuse_bounces = cycles.glossy_bounces = BOUNCES
     cycles.caustics_reflective = cycles.caustics_refractive = False
     scene.view_layers[0].use_pass_z = True

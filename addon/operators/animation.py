@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import bpy
-from track4d_protocol.errors import InputError, Track4DError
+from track4d_protocol.errors import InputError
 
 from .. import jobs, marks, prompts
+from .refusal import refusing
 
 VARIATIONS = 3
-
-
-def refused(operator: bpy.types.Operator, error: Track4DError) -> set[str]:
-    """Shows an error in the panel and in the status bar."""
-    jobs.complain(error)
-    operator.report({"WARNING"}, error.message)
-    return {"CANCELLED"}
 
 
 def start(context: bpy.types.Context, objects: list[bpy.types.Object], variations: int = 1) -> None:
@@ -52,18 +46,15 @@ class TRACK4D_OT_animate(bpy.types.Operator):
             return False
         return True
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         settings = context.scene.track4d
-        try:
-            if settings.source == "PROMPT" and not settings.prompt.strip():
-                raise InputError("empty_prompt", "The prompt is empty.", 'Say what happens, for example "the fox is running".')
-            chosen = [obj for obj in context.selected_objects if marks.CLOUD not in obj]
-            start(context, [obj for obj in chosen if obj.type == "MESH"] or chosen, self.variations)
-        except Track4DError as error:
-            return refused(self, error)
+        if settings.source == "PROMPT" and not settings.prompt.strip():
+            raise InputError("empty_prompt", "The prompt is empty.", 'Say what happens, for example "the fox is running".')
+        chosen = [obj for obj in context.selected_objects if marks.CLOUD not in obj]
+        start(context, [obj for obj in chosen if obj.type == "MESH"] or chosen, self.variations)
         if settings.source == "PROMPT":
             prompts.add(settings.prompt)
-        return {"FINISHED"}
 
 
 class TRACK4D_OT_use_prompt(bpy.types.Operator):
@@ -103,15 +94,12 @@ class TRACK4D_OT_remove_animation(bpy.types.Operator):
             return False
         return True
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         from ..apply import remove
 
-        try:
-            remove([o for o in context.selected_objects if marks.is_animated(o)])
-        except Track4DError as error:
-            return refused(self, error)
+        remove([o for o in context.selected_objects if marks.is_animated(o)])
         jobs.state.applied = None
-        return {"FINISHED"}
 
 
 class TRACK4D_OT_play(bpy.types.Operator):
@@ -133,11 +121,4 @@ class TRACK4D_OT_play(bpy.types.Operator):
 CLASSES = (TRACK4D_OT_animate, TRACK4D_OT_use_prompt, TRACK4D_OT_cancel, TRACK4D_OT_remove_animation, TRACK4D_OT_play)
 
 
-def register() -> None:
-    for cls in CLASSES:
-        bpy.utils.register_class(cls)
-
-
-def unregister() -> None:
-    for cls in reversed(CLASSES):
-        bpy.utils.unregister_class(cls)
+register, unregister = bpy.utils.register_classes_factory(CLASSES)

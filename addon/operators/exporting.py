@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import bpy
-from track4d_protocol.errors import Track4DError
 
 from ..files import WRITABLE, suffix
-from .animation import refused
+from .refusal import refusing
 
 FORMATS = [(ending, f"{what} ({ending})", f"Write {ending}: {what}") for ending, what in WRITABLE.items()]
 
@@ -57,22 +56,14 @@ class TRACK4D_OT_export(bpy.types.Operator):
         if self.form in (".glb", ".gltf"):
             self.layout.prop(self, "morph_normals")
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         from ..export import export
 
         objects = [obj for obj in context.selected_objects if obj.type == "MESH"]
-        try:
-            written = export(objects, self.filepath, self.morph_normals)
-        except Track4DError as error:
-            return refused(self, error)
+        written = export(objects, self.filepath, self.morph_normals)
         several = f" and {len(written) - 1} more" if len(written) > 1 else ""
         self.report({"INFO"}, f"Wrote {written[0].name}{several} to {written[0].parent}")
-        return {"FINISHED"}
 
 
-def register() -> None:
-    bpy.utils.register_class(TRACK4D_OT_export)
-
-
-def unregister() -> None:
-    bpy.utils.unregister_class(TRACK4D_OT_export)
+register, unregister = bpy.utils.register_classes_factory([TRACK4D_OT_export])

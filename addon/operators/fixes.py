@@ -35,16 +35,33 @@ class TRACK4D_OT_convert_to_mesh(bpy.types.Operator):
 class TRACK4D_OT_apply_scale(bpy.types.Operator):
     bl_idname = "track4d.apply_scale"
     bl_label = "Apply Scale"
-    bl_description = "Give the selected objects a scale of 1; their shape stays as it looks"
+    bl_description = (
+        "Give the selected objects a scale of 1; their shape stays as it looks. "
+        "Where a scale is zero, the object gets its thickness back first"
+    )
     bl_options = {"REGISTER", "UNDO"}
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         return context.mode == "OBJECT" and bool(context.selected_objects)
 
-    def execute(self, _context: bpy.types.Context) -> set[str]:
+    def execute(self, context: bpy.types.Context) -> set[str]:
         jobs.state.problem = None
+        for obj in context.selected_objects:
+            while obj is not None:
+                unflatten(obj)
+                obj = obj.parent
         return bpy.ops.object.transform_apply(location=False, rotation=False, scale=True)
+
+
+def unflatten(obj: bpy.types.Object) -> None:
+    """Gives axes whose scale is zero the mean scale of the others: applied as it is, a zero would flatten the mesh for good."""
+    for scale in (obj.scale, obj.delta_scale):
+        sizes = [abs(size) for size in scale]
+        whole = [size for size in sizes if size > 1e-7 * max(sizes)]
+        for axis, size in enumerate(sizes):
+            if size not in whole:
+                scale[axis] = sum(whole) / len(whole) if whole else 1.0
 
 
 class TRACK4D_OT_smaller_preset(bpy.types.Operator):
@@ -92,11 +109,4 @@ def log_path(context: bpy.types.Context) -> Path | None:
 CLASSES = (TRACK4D_OT_convert_to_mesh, TRACK4D_OT_apply_scale, TRACK4D_OT_smaller_preset, TRACK4D_OT_open_log)
 
 
-def register() -> None:
-    for cls in CLASSES:
-        bpy.utils.register_class(cls)
-
-
-def unregister() -> None:
-    for cls in reversed(CLASSES):
-        bpy.utils.unregister_class(cls)
+register, unregister = bpy.utils.register_classes_factory(CLASSES)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import bpy
 from track4d_protocol import __version__
-from track4d_protocol.errors import InputError, Track4DError
 
-from .animation import refused
+from .refusal import refusing
 
 
 def _meshes(context: bpy.types.Context) -> list[bpy.types.Object]:
@@ -35,15 +34,12 @@ class TRACK4D_OT_add_lights(_OnMeshes, bpy.types.Operator):
     bl_description = "Put key, fill, back and background light around the selection; earlier ones are replaced"
     bl_options = {"REGISTER", "UNDO"}
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         from .. import lighting
 
         settings = context.scene.track4d
-        try:
-            lighting.add_rig(_meshes(context), lighting.rig_with(**settings.lights.strengths()), settings.front)
-        except Track4DError as error:
-            return refused(self, error)
-        return {"FINISHED"}
+        lighting.add_rig(_meshes(context), lighting.rig_with(**settings.lights.strengths()), settings.front)
 
 
 class TRACK4D_OT_remove_lights(bpy.types.Operator):
@@ -66,24 +62,24 @@ class TRACK4D_OT_remove_lights(bpy.types.Operator):
 class TRACK4D_OT_bake_lights(_OnMeshes, bpy.types.Operator):
     bl_idname = "track4d.bake_lights"
     bl_label = "Bake Light"
-    bl_description = "Bake all light of the four lights and of the scene into vertex colours of the selected meshes, by Cycles"
+    bl_description = (
+        "Bake all light of the four lights and of the scene into vertex colours of the selected meshes, by Cycles. "
+        "Lights that you have edited are used as they are"
+    )
     bl_options = {"REGISTER", "UNDO"}
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         from .. import lighting
 
         settings, objects = context.scene.track4d, _meshes(context)
+        placed = lighting.ensure_rig(objects, lighting.rig_with(**settings.lights.strengths()), settings.front)
         try:
-            lighting.add_rig(objects, lighting.rig_with(**settings.lights.strengths()), settings.front)
-            try:
-                lighting.bake(objects, settings.lights.samples)
-            finally:
-                if not settings.lights.keep_rig:
-                    lighting.remove_rig()
-        except Track4DError as error:
-            return refused(self, error)
+            lighting.bake(objects, settings.lights.samples)
+        finally:
+            if placed and not settings.lights.keep_rig:
+                lighting.remove_rig()
         self.report({"INFO"}, f"The light is in the colour attribute '{lighting.COLORS}'")
-        return {"FINISHED"}
 
 
 class TRACK4D_OT_write_lit(_OnMeshes, bpy.types.Operator):
@@ -97,44 +93,32 @@ class TRACK4D_OT_write_lit(_OnMeshes, bpy.types.Operator):
         context.window_manager.fileselect_add(self)
         return {"RUNNING_MODAL"}
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         from .. import bake_lighting, lighting
 
         settings, objects, selected = context.scene.track4d, _meshes(context), list(context.selected_objects)
+        baked, name, source = lighting.baked_with(objects), objects[0].name, Path(bpy.data.filepath)
+        manifest = {
+            "name": name,
+            "prompt": settings.prompt.strip(),
+            "source": source.name,
+            "licence": "",
+            "credit": "",
+            "front": settings.front,
+            **baked,
+            "version": __version__,
+            "sha256": {"source": bake_lighting.file_hash(source)} if source.is_file() else {},
+        }
         try:
-            bare = [obj.name for obj in objects if lighting.COLORS not in obj.data.color_attributes]
-            if bare:
-                raise InputError("not_baked", f"'{bare[0]}' has no baked light yet.", "Bake the light first.")
-            name, rig = objects[0].name, lighting.rig_with(**settings.lights.strengths())
-            manifest = {
-                "name": name,
-                "prompt": settings.prompt.strip(),
-                "source": Path(bpy.data.filepath).name,
-                "licence": "",
-                "credit": "",
-                "front": settings.front,
-                "rig": lighting.rig_to_dict(rig),
-                "samples": settings.lights.samples,
-                "version": __version__,
-            }
             folder = bake_lighting.write_asset(objects, Path(self.directory) / bpy.path.clean_name(name), manifest)
-        except Track4DError as error:
-            return refused(self, error)
         finally:
             for obj in context.view_layer.objects:
                 obj.select_set(obj in selected)
         self.report({"INFO"}, f"Written to '{folder}'")
-        return {"FINISHED"}
 
 
 CLASSES = (TRACK4D_OT_add_lights, TRACK4D_OT_remove_lights, TRACK4D_OT_bake_lights, TRACK4D_OT_write_lit)
 
 
-def register() -> None:
-    for cls in CLASSES:
-        bpy.utils.register_class(cls)
-
-
-def unregister() -> None:
-    for cls in reversed(CLASSES):
-        bpy.utils.unregister_class(cls)
+register, unregister = bpy.utils.register_classes_factory(CLASSES)

@@ -71,11 +71,4 @@ def _log_tail(context: bpy.types.Context) -> list[str]:
 CLASSES = (TRACK4D_OT_dismiss_error, TRACK4D_OT_copy_report)
 
 
-def register() -> None:
-    for cls in CLASSES:
-        bpy.utils.register_class(cls)
-
-
-def unregister() -> None:
-    for cls in reversed(CLASSES):
-        bpy.utils.unregister_class(cls)
+register, unregister = bpy.utils.register_classes_factory(CLASSES)

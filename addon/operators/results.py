@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import bpy
-from track4d_protocol.errors import Track4DError
 
 from .. import jobs
-from .animation import refused
+from .refusal import refusing
 
 
 class TRACK4D_OT_apply_result(bpy.types.Operator):
@@ -16,12 +15,9 @@ class TRACK4D_OT_apply_result(bpy.types.Operator):
 
     job_id: bpy.props.StringProperty(options={"SKIP_SAVE"})
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
-        try:
-            jobs.apply(context, self.job_id)
-        except Track4DError as error:
-            return refused(self, error)
-        return {"FINISHED"}
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
+        jobs.apply(context, self.job_id)
 
 
 class TRACK4D_OT_dismiss_result(bpy.types.Operator):
@@ -42,11 +38,4 @@ class TRACK4D_OT_dismiss_result(bpy.types.Operator):
 CLASSES = (TRACK4D_OT_apply_result, TRACK4D_OT_dismiss_result)
 
 
-def register() -> None:
-    for cls in CLASSES:
-        bpy.utils.register_class(cls)
-
-
-def unregister() -> None:
-    for cls in reversed(CLASSES):
-        bpy.utils.unregister_class(cls)
+register, unregister = bpy.utils.register_classes_factory(CLASSES)

@@ -30,11 +30,4 @@ class TRACK4D_OT_open_preferences(bpy.types.Operator):
 CLASSES = (TRACK4D_OT_start_server, TRACK4D_OT_open_preferences)
 
 
-def register() -> None:
-    for cls in CLASSES:
-        bpy.utils.register_class(cls)
-
-
-def unregister() -> None:
-    for cls in reversed(CLASSES):
-        bpy.utils.unregister_class(cls)
+register, unregister = bpy.utils.register_classes_factory(CLASSES)

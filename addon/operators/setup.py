@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import bpy
-from track4d_protocol.errors import Track4DError
 
 from .. import jobs, local_setup
 from ..preferences import ADDON, preferences
+from .refusal import refusing
 
 
 class TRACK4D_OT_set_up_server(bpy.types.Operator):
@@ -17,10 +17,10 @@ class TRACK4D_OT_set_up_server(bpy.types.Operator):
     def invoke(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
         return context.window_manager.invoke_confirm(self, event)
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         chosen = preferences(context)
-        python = bpy.path.abspath(chosen.setup_python)
-        return _begin(self, context, "install", python, chosen.setup_package.strip() or "track4d")
+        _begin(context, "install", bpy.path.abspath(chosen.setup_python), chosen.setup_package.strip())
 
 
 class TRACK4D_OT_remove_setup(bpy.types.Operator):
@@ -31,8 +31,9 @@ class TRACK4D_OT_remove_setup(bpy.types.Operator):
     def invoke(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
         return context.window_manager.invoke_confirm(self, event)
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
-        return _begin(self, context, "remove")
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
+        _begin(context, "remove")
 
 
 class TRACK4D_OT_stop_setup(bpy.types.Operator):
@@ -66,18 +67,9 @@ class TRACK4D_OT_use_existing_server(bpy.types.Operator):
         return {"FINISHED"} if bpy.app.background else bpy.ops.preferences.addon_show(module=ADDON)
 
 
-def _begin(
-    operator: bpy.types.Operator, context: bpy.types.Context, action: str, python: str = "", package: str = ""
-) -> set[str]:
-    home = preferences(context).server_home()
-    try:
-        local_setup.start(home, action, python, package, online=bpy.app.online_access)
-    except Track4DError as error:
-        jobs.complain(error)
-        operator.report({"WARNING"}, error.message)
-        return {"CANCELLED"}
+def _begin(context: bpy.types.Context, action: str, python: str = "", package: str = "") -> None:
+    local_setup.start(preferences(context).server_home(), action, python, package, online=bpy.app.online_access)
     jobs.attach(context)
-    return {"FINISHED"}
 
 
 CLASSES = (
@@ -89,11 +81,4 @@ CLASSES = (
 )
 
 
-def register() -> None:
-    for cls in CLASSES:
-        bpy.utils.register_class(cls)
-
-
-def unregister() -> None:
-    for cls in reversed(CLASSES):
-        bpy.utils.unregister_class(cls)
+register, unregister = bpy.utils.register_classes_factory(CLASSES)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import bpy
-from track4d_protocol.errors import Track4DError
 
 from .. import jobs, marks, results
 from ..properties import OUTPUTS
-from .animation import refused, start
+from .animation import start
+from .refusal import refusing
 
 
 class _TakeOperator:
@@ -45,14 +45,11 @@ class TRACK4D_OT_show_take(_TakeOperator, bpy.types.Operator):
     bl_description = "Let this result move the object; the others stay in the list"
     bl_options = {"REGISTER", "UNDO"}
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         from .. import apply
 
-        try:
-            apply.show(self.owners(context), self.take)
-        except Track4DError as error:
-            return refused(self, error)
-        return {"FINISHED"}
+        apply.show(self.owners(context), self.take)
 
 
 class TRACK4D_OT_remove_take(_TakeOperator, bpy.types.Operator):
@@ -61,18 +58,15 @@ class TRACK4D_OT_remove_take(_TakeOperator, bpy.types.Operator):
     bl_description = "Take this result off the object; the others stay"
     bl_options = {"REGISTER", "UNDO"}
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         from .. import apply
 
         owners = self.owners(context)
-        try:
-            apply.remove(owners, self.take)
-        except Track4DError as error:
-            return refused(self, error)
+        apply.remove(owners, self.take)
         for obj in owners:
             marks.forget(obj, self.take)  # also where the user has removed the motion himself
         jobs.state.applied = None
-        return {"FINISHED"}
 
 
 class TRACK4D_OT_use_settings(_TakeOperator, bpy.types.Operator):
@@ -91,16 +85,13 @@ class TRACK4D_OT_again(_TakeOperator, bpy.types.Operator):
     bl_label = "Again with Another Seed"
     bl_description = "Animate with the settings of this result, and a seed that it hasn't had yet"
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         record, settings = self.record(context), context.scene.track4d
         settings.use(record.get("settings", {}))
         running = [{"title": job.prompt, "seed": job.order.settings.get("seed", 0)} for job in jobs.state.active.values()]
         settings.seed = results.next_seed([*marks.history(results.subject(context.object)).values(), *running], record)
-        try:
-            start(context, self.owners(context))
-        except Track4DError as error:
-            return refused(self, error)
-        return {"FINISHED"}
+        start(context, self.owners(context))
 
 
 class TRACK4D_OT_output_as(_TakeOperator, bpy.types.Operator):
@@ -110,27 +101,17 @@ class TRACK4D_OT_output_as(_TakeOperator, bpy.types.Operator):
 
     output: bpy.props.EnumProperty(name="Output", items=OUTPUTS)
 
-    def execute(self, context: bpy.types.Context) -> set[str]:
-        record = self.record(context)
+    @refusing
+    def execute(self, context: bpy.types.Context) -> None:
         from ..apply import check_kind
 
+        record = self.record(context)
         order = jobs.Order(record.get("settings", {}) | {"output": self.output}, record.get("batch", ""))
-        try:
-            check_kind(self.output)
-            jobs.fetch_again(context, self.take, self.owners(context), order)
-        except Track4DError as error:
-            return refused(self, error)
-        return {"FINISHED"}
+        check_kind(self.output)
+        jobs.fetch_again(context, self.take, self.owners(context), order)
 
 
 CLASSES = (TRACK4D_OT_show_take, TRACK4D_OT_remove_take, TRACK4D_OT_use_settings, TRACK4D_OT_again, TRACK4D_OT_output_as)
 
 
-def register() -> None:
-    for cls in CLASSES:
-        bpy.utils.register_class(cls)
-
-
-def unregister() -> None:
-    for cls in reversed(CLASSES):
-        bpy.utils.unregister_class(cls)
+register, unregister = bpy.utils.register_classes_factory(CLASSES)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +203,17 @@ def load(asset: Callable) -> Callable[[str], list]:
 # Blender with the extension, and a server
 
 
+@pytest.fixture(scope="session")
+def server_python() -> Path:
+    """A Python with everything that the real server needs: this one, or that of the project's own environment."""
+    if find_spec("torch"):
+        return Path(sys.executable)
+    python = ROOT / ".venv" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("torch is neither here nor in .venv: the real server can't run")
+    return python
+
+
 def load_module(path: Path):
     spec = spec_from_file_location(path.stem, path)
     module = module_from_spec(spec)
@@ -242,9 +253,9 @@ def blender(archive, tmp_path):
         arguments = {"archive": str(archive)} | {k: str(v) for k, v in arguments.items()}
         return [sys.executable, str(HERE / script), scenario, json.dumps(arguments)], environment
 
-    def run(scenario: str, **arguments) -> dict:
+    def run(scenario: str, seconds: float = 280, **arguments) -> dict:
         line, environment = command(scenario, **arguments)
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
         return json.loads(done.stdout.strip().splitlines()[-1])
 

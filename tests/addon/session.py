@@ -17,6 +17,7 @@ from pathlib import Path
 import bpy
 
 ID = "bl_ext.user_default.track4d"
+TYPES = set(dir(bpy.types))  # before the extension
 
 
 def install(archive: str) -> None:
@@ -79,10 +80,8 @@ def shape(obj: bpy.types.Object) -> dict:
     return {"keys": len(keys.key_blocks) if keys else 0, "farthest": farthest}
 
 
-def local(archive: str, prompt: str, home: str, python: str) -> dict:
+def local(prompt: str) -> dict:
     """No server runs: Animate starts this computer's, with the real pipeline."""
-    install(archive)
-    use_server(home=home, python=python)
     jobs, _ = addon()
     obj = monkey()
     settings = bpy.context.scene.track4d
@@ -105,10 +104,8 @@ def local(archive: str, prompt: str, home: str, python: str) -> dict:
     }
 
 
-def animate(archive: str, prompt: str, blend: str, **server) -> dict:
+def animate(prompt: str, blend: str) -> dict:
     """Press Animate, wait, look at the mesh; a file saved meanwhile must know nothing of the job."""
-    install(archive)
-    use_server(**server)
     jobs, previews = addon()
     obj = monkey()
     bpy.context.scene.track4d.prompt = prompt
@@ -141,10 +138,8 @@ def animate(archive: str, prompt: str, blend: str, **server) -> dict:
     }  # fmt: skip
 
 
-def cancel(archive: str, when: str, **server) -> dict:
+def cancel(when: str) -> dict:
     """Cancel while the object is photographed, or while the server works."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     monkey()
     bpy.context.scene.track4d.prompt = "the monkey nods slowly"
@@ -170,10 +165,8 @@ def cancel(archive: str, when: str, **server) -> dict:
     }
 
 
-def lost(archive: str, wait_file: str, **server) -> dict:
+def lost(wait_file: str) -> dict:
     """The server dies and comes back while a job runs; nothing is clicked."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     obj = monkey()
     bpy.context.scene.track4d.prompt = "the monkey nods slowly"
@@ -194,10 +187,8 @@ def lost(archive: str, wait_file: str, **server) -> dict:
     }
 
 
-def interrupted(archive: str, **server) -> dict:
+def interrupted() -> dict:
     """A result arrives while its object is edited, another one after another file was opened: both wait."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     obj = monkey()
     bpy.context.scene.track4d.prompt = "the monkey nods"
@@ -209,6 +200,7 @@ def interrupted(archive: str, **server) -> dict:
     refused = bpy.ops.track4d.apply_result(job_id=waiting), jobs.state.problem.code
     bpy.ops.object.mode_set(mode="OBJECT")
     bpy.ops.track4d.apply_result(job_id=waiting)
+    pump(lambda: not jobs.state.active)
     answer = shape(obj)
 
     bpy.ops.track4d.animate()
@@ -230,10 +222,8 @@ def interrupted(archive: str, **server) -> dict:
     }
 
 
-def two(archive: str, **server) -> dict:
+def two() -> dict:
     """Two objects at once: the second waits for its turn, which comes when the first is cancelled."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     first, second = monkey(), add_monkey()
     for obj, prompt in ((first, "the monkey nods very slowly"), (second, "the monkey nods")):
@@ -248,10 +238,8 @@ def two(archive: str, **server) -> dict:
     return {"queued": queued, "finished": finished, "keys": [shape(obj)["keys"] for obj in (first, second)]}
 
 
-def leave(archive: str, blend: str, **server) -> dict:
+def leave(blend: str) -> dict:
     """Start a job, save the file, and quit."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     monkey()
     bpy.context.scene.track4d.prompt = "the monkey nods"
@@ -262,10 +250,8 @@ def leave(archive: str, blend: str, **server) -> dict:
     return {"job": job.id}
 
 
-def come_back(archive: str, blend: str, **server) -> dict:
+def come_back(blend: str) -> dict:
     """Open the file again: the result is offered, and applied by a click; after that it isn't offered any more."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     bpy.ops.wm.open_mainfile(filepath=blend)
     jobs.wake(bpy.context)
@@ -292,10 +278,8 @@ def come_back(archive: str, blend: str, **server) -> dict:
     }
 
 
-def failing(archive: str, **server) -> dict:
+def failing() -> dict:
     """A job that fails: the panel has its sentence, the report can be copied, and Animate works again."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     monkey()
     bpy.context.scene.track4d.prompt = "the monkey fails"
@@ -309,10 +293,8 @@ def failing(archive: str, **server) -> dict:
     return {"code": code, "report": report, "ready": ready, "dismissed": jobs.state.problem is None}
 
 
-def no_server(archive: str, **server) -> dict:
+def no_server() -> dict:
     """Without a server the panel says so, with a button that exists."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     from bl_ext.user_default.track4d import panels
 
@@ -323,11 +305,11 @@ def no_server(archive: str, **server) -> dict:
     return {"code": code, "fix": operator.removeprefix("track4d.") in dir(bpy.ops.track4d)}
 
 
-def register_twice(archive: str) -> dict:
+def register_twice() -> dict:
     """What is left after the extension was switched off, on, and off again."""
-    before_types, before_threads = set(dir(bpy.types)), threading.active_count()
-    install(archive)
     jobs, previews = addon()
+    from bl_ext.user_default.track4d import turns
+
     package = sys.modules[ID]
     for _ in range(2):
         jobs.wake(bpy.context)
@@ -336,18 +318,25 @@ def register_twice(archive: str) -> dict:
         package.register()
     package.unregister()
     gc.collect()
-    left = sorted(n for n in set(dir(bpy.types)) - before_types if "track4d" in n.lower())
+    left = sorted(n for n in set(dir(bpy.types)) - TYPES if "track4d" in n.lower())
     answer = {
         "types": left, "scene": hasattr(bpy.types.Scene, "track4d"),
-        "threads": threading.active_count() - before_threads,
-        "timer": bpy.app.timers.is_registered(jobs._timer), "operators": dir(bpy.ops.track4d),
+        "threads": threading.active_count() - 1,
+        "timer": bpy.app.timers.is_registered(turns.timer), "operators": dir(bpy.ops.track4d),
     }  # fmt: skip
     package.register()
     return answer
 
 
-if __name__ == "__main__":
-    scenario, arguments = sys.argv[1:3]
-    answer = globals()[scenario](**json.loads(arguments))
+def main(scenarios: dict) -> None:
+    """Installs the extension, chooses the server, plays the scenario that the command line names, and prints its answer."""
+    arguments = json.loads(sys.argv[2])
+    install(arguments.pop("archive"))
+    use_server(**{name: arguments.pop(name) for name in ("connection", "home", "python") if name in arguments})
+    answer = scenarios[sys.argv[1]](**arguments)
     addon()[0].shut_down()
     print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -1,15 +1,14 @@
 """Scenarios about running jobs, for a Blender of their own; see session.py."""
 
-import json
 import os
 import signal
-import sys
+import subprocess
 import time
 from pathlib import Path
 
 import bpy
 import session
-from session import add_monkey, addon, install, monkey, pump, shape, use_server
+from session import add_monkey, addon, monkey, pump, shape
 
 SIMPLE = {"BOOLEAN", "INT", "FLOAT", "STRING", "ENUM"}
 SKIPPED = {"window_managers", "screens", "workspaces"}
@@ -19,6 +18,12 @@ def live():
     from bl_ext.user_default.track4d import live_motion
 
     return live_motion
+
+
+def orders_folder() -> Path:
+    from bl_ext.user_default.track4d import orders
+
+    return orders.folder()
 
 
 def fingerprint() -> dict[str, object]:
@@ -64,14 +69,13 @@ def difference(before: dict, after: dict) -> list[str]:
     return [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
 
 
-def cancel_at_many_moments(archive: str, blend: str, **server) -> dict:
-    """Cancel at the click, between two views, when it was sent, while it runs, and while its motion is shown."""
-    install(archive)
-    use_server(**server)
+def cancel_at_many_moments(blend: str) -> dict:
+    """Cancel at the click, between two views, when it was sent, while it runs, while its motion is shown or put on."""
     jobs, previews = addon()
     obj = monkey()
-    bpy.context.scene.track4d.prompt = "the monkey nods very slowly"
+    from bl_ext.user_default.track4d import slices
 
+    slices.SLICE = 0.0  # a shape key a turn
     def moving() -> bool:
         return any(keys.key_blocks.get(live().NAME) for keys in bpy.data.shape_keys)
 
@@ -81,9 +85,12 @@ def cancel_at_many_moments(archive: str, blend: str, **server) -> dict:
         "sent": lambda job: job.phase is not jobs.Phase.CAPTURING,
         "running": lambda job: job.phase is jobs.Phase.RUNNING,
         "moving": lambda job: moving(),
+        "applying": lambda job: job.phase is jobs.Phase.APPLYING and obj.data.shape_keys,
     }
-    before, answer = fingerprint(), {}
+    answer = {}
     for name, come in moments.items():
+        bpy.context.scene.track4d.prompt = "the monkey nods" + " very slowly" * (name != "applying")
+        before = fingerprint()
         bpy.ops.track4d.animate()
         (job,) = jobs.state.active.values()
         reached = come(job) if name == "click" else pump(lambda come=come, job=job: come(job) or jobs.state.problem, 90)
@@ -121,10 +128,8 @@ def saves_without(blend: str) -> bool:
     return live().NAME.encode() not in content and live().MARK.encode() not in content
 
 
-def motion_among_the_users_own(archive: str, blend: str, **server) -> dict:
+def motion_among_the_users_own(blend: str) -> dict:
     """The temporary key beside the user's keys, in edit mode, on a duplicate, and in a file that was saved without asking us."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     obj = monkey()
     obj.shape_key_add(name="Basis", from_mix=False)
@@ -157,10 +162,8 @@ def motion_among_the_users_own(archive: str, blend: str, **server) -> dict:
             "same": same, "opened": sorted(opened)}  # fmt: skip
 
 
-def leave_several(archive: str, blend: str, **server) -> dict:
+def leave_several(blend: str) -> dict:
     """Three objects, three jobs; quit when the server has them all."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     first, second, third = monkey(), add_monkey(), add_monkey()
     for obj, prompt in ((first, "it waits for one"), (second, "it nods"), (third, "it waits for two")):
@@ -175,10 +178,8 @@ def leave_several(archive: str, blend: str, **server) -> dict:
     return {"listed": listed, "sent": sent, "jobs": list(jobs.state.active), "lines": lines}
 
 
-def come_back_to_several(archive: str, blend: str, gate: str, **server) -> dict:
+def come_back_to_several(blend: str, gate: str) -> dict:
     """Two have finished meanwhile, one still runs: it is shown, and offered when it is done. Another file loses nothing."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     bpy.ops.wm.open_mainfile(filepath=blend)
     jobs.wake(bpy.context)
@@ -194,29 +195,25 @@ def come_back_to_several(archive: str, blend: str, gate: str, **server) -> dict:
         bpy.ops.track4d.apply_result(job_id=job_id)
     pump(lambda: not jobs.state.active, 30)
     keys = [shape(obj)["keys"] for obj in bpy.data.objects]
-    kept = sorted(p.name for p in jobs.folder().iterdir())
+    kept = sorted(p.name for p in orders_folder().iterdir())
     return {"away": away, "again": again, "orders": orders, "elsewhere": elsewhere, "keys": keys, "kept": kept,
             "problem": str(jobs.state.problem or "")}  # fmt: skip
 
 
-def leave_unsent(archive: str, blend: str, **server) -> dict:
+def leave_unsent(blend: str) -> dict:
     """The server is away: the request waits, and Blender is closed."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     monkey()
     bpy.context.scene.track4d.prompt = "the monkey nods"
     bpy.ops.track4d.animate()
     (job,) = jobs.state.active.values()
-    sending = pump(lambda: job.phase is jobs.Phase.SENDING and any(jobs.folder().glob("*.request")), 30)
+    sending = pump(lambda: job.phase is jobs.Phase.SENDING and any(orders_folder().glob("*.request")), 30)
     bpy.ops.wm.save_as_mainfile(filepath=blend)
     return {"sending": sending, "job": job.id}
 
 
-def truth(archive: str, pid: int, wait_file: str, **server) -> dict:
+def truth(pid: int, wait_file: str) -> dict:
     """The first line while the server stops and goes on, is killed and comes back: after how many seconds it is true."""
-    install(archive)
-    use_server(**server)
     jobs, _ = addon()
     monkey()
     jobs.wake(bpy.context)
@@ -240,15 +237,17 @@ def truth(archive: str, pid: int, wait_file: str, **server) -> dict:
     return {"lines": lines, "frozen": frozen, "thawed": thawed, "killed": killed, "back": seconds("CHECKMARK")}
 
 
-def set_up(archive: str, home: str, **server) -> dict:
-    """Set up a server from a folder of wheels, with an interruption, and take it back."""
-    install(archive)
-    use_server(home=home, **server)
+def set_up(setup_python: str) -> dict:
+    """Set up the server that the extension carries, with an interruption, use it, and take it back."""
     jobs, _ = addon()
     from bl_ext.user_default.track4d import local_setup
+    from track4d_protocol.filelock import holder
+    from track4d_protocol.local import SERVER_LOCK
 
     bpy.context.preferences.system.use_online_access = False
-    home, answer = Path(home), {}
+    chosen = bpy.context.preferences.addons[session.ID].preferences
+    chosen.setup_python = setup_python
+    home, answer = chosen.server_home(), {}
     monkey()
     jobs.wake(bpy.context)
     pump(lambda: jobs.state.server_problem is not None, 20)
@@ -266,24 +265,24 @@ def set_up(archive: str, home: str, **server) -> dict:
     pump(lambda: not jobs.state.setup.busy, 10)
     answer["killed"] = jobs.state.setup.state
     bpy.ops.track4d.set_up_server()
-    pump(lambda: not jobs.state.setup.busy, 200)
-    chosen = bpy.context.preferences.addons[session.ID].preferences
+    pump(lambda: not jobs.state.setup.busy, 600)
     answer["ready"] = [jobs.state.setup.state, jobs.state.setup.version, jobs.state.setup.text]
     answer["python"] = chosen.source().python == str(local_setup.environment_python(home))
     answer["log"] = "pip install" in (home / local_setup.LOG).read_text()
-    pump(lambda: jobs.state.server_problem is not None and jobs.state.server_problem.code != "server_python_missing", 30)
-    answer["started"] = jobs.state.server_problem.message
-    (home / "jobs").mkdir(exist_ok=True)
+    program = local_setup.environment_python(home).with_name("track4d")
+    answer["help"] = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
+    ask = [program.with_name("python"), "-c", "import track4d; print(track4d.__file__)"]
+    answer["origin"] = subprocess.run(ask, capture_output=True, text=True, env=local_setup._clean_environment()).stdout
+    bpy.ops.track4d.start_server()
+    answer["started"] = pump(lambda: jobs.state.server is jobs.link.Server.CONNECTED, 60)
     bpy.ops.track4d.remove_setup()
     pump(lambda: not jobs.state.setup.busy, 60)
     answer["removed"] = [jobs.state.setup.state, sorted(p.name for p in home.iterdir() if p.is_dir())]
+    answer["runs"] = holder(home / SERVER_LOCK) is not None
     bpy.ops.track4d.use_existing_server()
     answer["existing"] = chosen.server
     return answer
 
 
 if __name__ == "__main__":
-    scenario, arguments = sys.argv[1:3]
-    answer = globals()[scenario](**json.loads(arguments))
-    addon()[0].shut_down()
-    print(json.dumps(answer), flush=True)
+    session.main(globals())

@@ -4,7 +4,7 @@ import bpy
 import numpy as np
 import pytest
 from mathutils import Euler
-from track4d_addon import apply, capture
+from track4d_addon import apply, capture, live_motion, marks, slices
 from track4d_protocol.errors import InputError, ServerError
 from track4d_protocol.messages import Result
 
@@ -467,3 +467,120 @@ def test_takes_of_different_kinds_side_by_side(kit, saved, cone) -> None:
     apply.remove([cone])
     bpy.context.scene.frame_set(before["Scene"][7])
     assert kit.everything() == before
+
+
+# In slices
+
+
+@pytest.fixture
+def one_key_a_slice(monkeypatch) -> None:
+    monkeypatch.setattr(slices, "SLICE", 0.0)
+
+
+def pauses(work) -> int:
+    """Advances work until a key is there; how often it has paused."""
+    for count, _ in enumerate(work, 1):
+        if any(len(keys.key_blocks) > 3 for keys in bpy.data.shape_keys):
+            return count
+    raise AssertionError("it didn't pause between keys")
+
+
+def test_slices_make_what_one_go_makes(kit, one_key_a_slice) -> None:
+    cones = [kit.make_cone("One"), kit.make_cone("Two")]
+    seen = capture.snapshot(cones)
+    result = kit.wave(seen.vertices, 6)
+    made = apply.apply(seen, result, take="take")
+    places = [kit.world_positions(cones, frame) for frame in (1, 2.5, 6)]
+    remembered = [marks.history(cone) for cone in cones]
+    apply.remove(cones)
+    bpy.context.scene.frame_set(1)
+    work, count = apply.apply_steps(seen, result, take="take"), 0
+    while True:
+        try:
+            next(work)
+            count += 1
+            assert np.array_equal(kit.world_positions(cones), seen_world(kit, seen)), "nothing moves before all is there"
+        except StopIteration as end:
+            assert end.value == made
+            break
+    assert count > 12
+    assert all(np.array_equal(kit.world_positions(cones, frame), place) for frame, place in zip((1, 2.5, 6), places))
+    assert [marks.history(cone) for cone in cones] == remembered
+
+
+def seen_world(kit, seen) -> np.ndarray:
+    return kit.world_positions(capture.find_objects(seen))
+
+
+def test_what_is_closed_in_the_middle_leaves_nothing(kit, cone, one_key_a_slice, tmp_path) -> None:
+    bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "cone.blend"))
+    seen = capture.snapshot([cone])
+    first, second = kit.wave(seen.vertices, 4), with_gaussians(kit.wave(seen.vertices, 6, "it jumps"))
+    for earlier in (False, True):
+        if earlier:
+            apply.apply(seen, first, take="first")
+        before = kit.everything()
+        work = apply.apply_steps(seen, second, "all", take="second")
+        for _ in work:
+            keys = cone.data.shape_keys
+            if keys and len(marks.takes(keys).get("second", ())) > 2:
+                break
+        work.close()
+        assert kit.everything() == before
+        assert not list((tmp_path / "track4d_cache").glob("*")), "no cache file stays"
+
+
+def test_the_user_may_do_anything_in_a_pause(kit, cone, one_key_a_slice, tmp_path) -> None:
+    seen = capture.snapshot([cone])
+    result = kit.wave(seen.vertices, 6)
+    bare = kit.mesh_hash(cone.data)
+
+    work = apply.apply_steps(seen, result, take="take")  # save, and take keys away
+    pauses(work)
+    live_motion._sweep()  # what a save, an undo and a loaded file call
+    assert cone.data.shape_keys is None and kit.mesh_hash(cone.data) == bare
+    pauses(work)
+    cone.shape_key_remove(cone.data.shape_keys.key_blocks["f0001"])
+    copy = cone.copy()
+    copy.data = cone.data.copy()
+    bpy.context.scene.collection.objects.link(copy)
+    slices.finished(work)
+    assert [block.name for block in cone.data.shape_keys.key_blocks] == ["Basis"] + [f"f{k:04d}" for k in range(1, 7)]
+    assert copy.data.shape_keys is None, "a duplicate of what was unfinished has nothing of it"
+    apply.remove([cone])
+    bpy.data.meshes.remove(copy.data)
+
+    work = apply.apply_steps(seen, result, take="take")  # edit, and change the mesh
+    pauses(work)
+    bpy.context.view_layer.objects.active = cone
+    bpy.ops.object.mode_set(mode="EDIT")
+    for _ in range(3):
+        next(work)
+    bpy.ops.object.mode_set(mode="OBJECT")
+    slices.finished(work)
+    assert len(cone.data.shape_keys.key_blocks) == 7, "it has waited"
+    apply.remove([cone])
+    work = apply.apply_steps(seen, result, take="take")
+    pauses(work)
+    bpy.ops.object.mode_set(mode="EDIT")
+    work.close()
+    bpy.ops.object.mode_set(mode="OBJECT")
+    assert cone.data.shape_keys is None, "also while it is edited a cancel leaves nothing"
+    work = apply.apply_steps(seen, result, take="take")
+    pauses(work)
+    bpy.ops.object.mode_set(mode="EDIT")
+    bpy.ops.mesh.select_all(action="SELECT")
+    bpy.ops.mesh.duplicate()
+    bpy.ops.object.mode_set(mode="OBJECT")
+    with pytest.raises(InputError, match="topology_changed"):
+        slices.finished(work)
+    assert cone.data.shape_keys is None
+
+    other = kit.make_cone("Other")  # delete
+    seen = capture.snapshot([other])
+    work = apply.apply_steps(seen, kit.wave(seen.vertices, 6), take="take")
+    pauses(work)
+    bpy.data.objects.remove(other)
+    with pytest.raises(InputError, match="object_missing"):
+        slices.finished(work)
+    assert not bpy.data.actions and not any("unfinished" in marks.read(keys) for keys in bpy.data.shape_keys)

@@ -6,7 +6,8 @@ import bpy
 import numpy as np
 import pytest
 from mathutils import Euler, Matrix
-from track4d_addon import apply, capture
+from track4d_addon import apply, capture, slices
+from track4d_addon.capture import colors
 from track4d_protocol.errors import Cancelled, InputError
 from track4d_protocol.messages import Settings, check_request
 from track4d_protocol.space import canonical_similarity
@@ -768,3 +769,52 @@ def test_the_server_moves_what_lies_together_alike_and_takes_loose_vertices_alon
     np.testing.assert_allclose(vertices[:, :half], vertices[:, half : 2 * half], atol=1e-5)
     ways = np.linalg.norm(vertices - vertices[0], axis=-1).max(0)  # [N]
     assert ways[-3:].min() > 0.3 * np.median(ways) > 0.01
+
+
+def test_faces_are_cut_as_blender_cuts_them(kit) -> None:
+    rng = np.random.default_rng(0)
+    places = rng.uniform(-1, 1, (400, 3))
+    faces = [(4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3) for k in range(60)]
+    faces += [(240 + 3 * k, 241 + 3 * k, 242 + 3 * k) for k in range(50)]
+    rng.shuffle(faces)
+    for extra in ([], [tuple(range(390, 397))]):
+        mesh = kit.make_object("Shards", places, [*faces, *extra]).data
+        surface = colors.read_surface(mesh)
+        assert (surface.loops is None) == (not extra)
+        mesh.calc_loop_triangles()
+        wanted = np.array([triangle.loops for triangle in mesh.loop_triangles])
+        np.testing.assert_array_equal(surface.cut(capture.mesh.positions(mesh)).loops, wanted)
+
+
+def test_slices_see_what_one_look_sees(kit) -> None:
+    """Also what modifiers do with a motion; and an object that is changed or removed in a pause is told of by name."""
+    cone, other = kit.make_cone(), kit.make_cone("Other")
+    bend = cone.modifiers.new("Bend", "SIMPLE_DEFORM")
+    bend.deform_method, bend.angle = "BEND", 1.0
+    whole, work = capture.snapshot([cone, other]), capture.snapshot_steps(capture.known_objects([cone, other]))
+    before, pauses = kit.everything(), 0
+    while True:
+        try:
+            next(work)
+            pauses += 1
+            assert kit.everything() == before, "nothing of ours is there in the pauses"
+        except StopIteration as end:
+            sliced = end.value
+            break
+    assert pauses >= 5
+    for name in ("to_world", "vertices", "faces", "uvs", "materials"):
+        np.testing.assert_array_equal(getattr(sliced, name), getattr(whole, name))
+    np.testing.assert_array_equal(sliced.objects[0].unbend, whole.objects[0].unbend)
+    assert sliced.warnings == whole.warnings and sliced.objects[1].topology == whole.objects[1].topology
+
+    work = capture.snapshot_steps(capture.known_objects([cone, other]))
+    next(work)
+    bpy.data.objects.remove(other)
+    with pytest.raises(InputError, match="'Other' is no longer there"):
+        slices.finished(work)
+    work = capture.snapshot_steps(capture.known_objects([cone]))
+    next(work)
+    bpy.ops.mesh.primitive_monkey_add()
+    cone.data = bpy.context.object.data
+    with pytest.raises(InputError, match="'Cone' was changed"):
+        slices.finished(work)

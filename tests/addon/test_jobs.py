@@ -1,7 +1,5 @@
 """Jobs in the tab: what it says is true, a cancel leaves nothing, closing Blender loses nothing, and the first run."""
 
-import base64
-import hashlib
 import json
 import os
 import signal
@@ -9,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ MANIFEST = tomllib.loads((Path(__file__).resolve().parents[2] / "blender_manifes
 
 def test_cancel_leaves_every_data_block_as_it_was_at_every_moment(blender, server, tmp_path):
     answer = blender("cancel_at_many_moments", script=SCRIPT, connection=server.connection, blend=tmp_path / "while.blend")
-    for moment in ("click", "view", "sent", "running", "moving"):
+    for moment in ("click", "view", "sent", "running", "moving", "applying"):
         reached, idle, seconds, changed = answer[moment]
         assert reached and idle and seconds < 1 and changed == [], (moment, answer[moment])
     assert answer["film"] == [6, 64, 64, 4] and answer["moves"] > 0.05, "film and motion were shown before the cancel"
@@ -139,44 +136,57 @@ def test_the_wheels_that_blender_takes(tool, platform, tag, python, monkeypatch)
 
 
 @pytest.fixture
-def wheel_folder(tmp_path) -> Path:
-    """A folder with one tiny wheel that stands for the server."""
-    files = {"track4d/__init__.py": "", "track4d/__main__.py": "raise SystemExit('the stand-in serves nobody')\n",
-             "track4d_protocol/__init__.py": "__version__ = '9.9'\n",
-             "track4d-9.9.dist-info/METADATA": "Metadata-Version: 2.1\nName: track4d\nVersion: 9.9\n",
-             "track4d-9.9.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}  # fmt: skip
-    record = "".join(f"{name},sha256={_digest(text)},{len(text)}\n" for name, text in files.items())
-    folder = tmp_path / "wheels"
+def setup_python(server_python, tmp_path) -> Path:
+    """A Python whose new environments find what the server needs, but not the server: what a package index would give."""
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(subprocess.run([server_python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+    folder, program = tmp_path / "packages", tmp_path / "python"
     folder.mkdir()
-    with zipfile.ZipFile(folder / "track4d-9.9-py3-none-any.whl", "w") as wheel:
-        for name, text in files.items():
-            wheel.writestr(name, text)
-        wheel.writestr("track4d-9.9.dist-info/RECORD", record + "track4d-9.9.dist-info/RECORD,,\n")
-    return folder
+    for entry in packages.iterdir():
+        if not entry.name.startswith(("track4d", "__editable__")):
+            (folder / entry.name).symlink_to(entry)
+    program.write_text(
+        f"#!{server_python}\nimport pathlib, subprocess, sys\n"
+        f"code = subprocess.call([{str(server_python)!r}, *sys.argv[1:]])\n"
+        "for place in pathlib.Path(sys.argv[-1]).glob('lib/python*/site-packages'):\n"
+        f"    (place / 'packages.pth').write_text({f'import sys; sys.path.insert(0, {str(folder)!r})'!r})\n"
+        "sys.exit(code)\n"
+    )
+    program.chmod(0o755)
+    return program
 
 
-def _digest(text: str) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-
-
-def test_a_server_is_set_up_and_removed_by_clicks(blender, wheel_folder, tmp_path, monkeypatch):
+@pytest.mark.timeout(900)  # seconds of CPU time, but of a machine that may be busy
+def test_the_server_of_the_zip_is_set_up_used_and_removed_by_clicks(blender, setup_python, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel_folder))
-    answer = blender("set_up", script=SCRIPT, home=tmp_path / "server home")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    home = tmp_path / "server home"
+    answer = blender("set_up", script=SCRIPT, seconds=800, home=home, setup_python=setup_python)
     assert answer["first"] == ["server_python_missing", False], "nothing is made without a click"
     assert answer["offline"] == [["CANCELLED"], "offline"]
     assert answer["busy"][0].startswith("Making the environment") and answer["twice"] == ["CANCELLED"]
     assert answer["killed"] == "interrupted"
-    assert answer["ready"][:2] == ["ready", "9.9"], answer["ready"]
-    assert answer["python"] and answer["log"] and "serves nobody" in answer["started"]
-    assert answer["removed"] == ["absent", ["jobs"]] and answer["existing"] == "FILE"
+    assert answer["ready"][:2] == ["ready", MANIFEST["version"]], answer["ready"]
+    assert answer["python"] and answer["log"]
+    assert answer["origin"].startswith(str(home / "environment")) and "bake-lighting" in answer["help"]
+    assert answer["started"], "the server of the environment runs"
+    assert answer["removed"] == ["absent", ["client-keys", "jobs"]] and not answer["runs"] and answer["existing"] == "FILE"
+
+
+def test_a_source_without_wheel_needs_a_package(tmp_path):
+    from track4d_addon import local_setup
+    from track4d_protocol.errors import TransportError
+
+    with pytest.raises(TransportError) as caught:
+        local_setup.start(tmp_path / "home", "install")
+    assert caught.value.code == "no_server_wheel" and not (tmp_path / "home").exists()
 
 
 def test_a_set_up_that_fails_says_why(tmp_path, monkeypatch):
     from track4d_addon import local_setup
 
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    local_setup.start(tmp_path / "home", "install", python=str(tmp_path / "no python"))
+    local_setup.start(tmp_path / "home", "install", python=str(tmp_path / "no python"), package="track4d.whl")
     end = time.monotonic() + 60
     while local_setup.read_status(tmp_path / "home").busy:
         assert time.monotonic() < end

@@ -9,7 +9,20 @@ from types import SimpleNamespace
 import bpy
 import numpy as np
 import pytest
-from track4d_addon import capture, image_sequences, jobs, marks, panels, prompts, properties, results, sources
+from track4d_addon import (
+    capture,
+    image_sequences,
+    jobs,
+    marks,
+    orders,
+    panels,
+    prompts,
+    properties,
+    results,
+    slices,
+    sources,
+    turns,
+)
 from track4d_protocol.errors import InputError
 from track4d_protocol.messages import PRESETS, Settings
 from track4d_protocol.space import canonical_similarity, orbit_viewmats
@@ -87,7 +100,7 @@ def addon(empty_scene, monkeypatch, tmp_path):
     monkeypatch.setenv("TRACK4D_HOME", str(tmp_path / "no server"))
     monkeypatch.setattr(prompts, "_path", lambda: tmp_path / "prompts.json")
     monkeypatch.setattr(prompts, "_prompts", None)
-    monkeypatch.setattr(jobs, "folder", lambda: tmp_path)
+    monkeypatch.setattr(orders, "folder", lambda: tmp_path)
     for module in (capture, sources):  # with one sample it is quick
         render = module.render_view
         monkeypatch.setattr(module, "render_view", lambda *values, _render=render: _render(*values[:-1], 1))
@@ -146,7 +159,7 @@ def test_every_part_can_be_drawn(addon, cone, source) -> None:
     bpy.context.scene.track4d.source = source
     job = jobs.ActiveJob("1", "it rolls", ["Cone"], step=3, total=16, stage="fit", seconds_left=12.0, phase=jobs.Phase.RUNNING)
     state = jobs.State(
-        server=jobs.link.Server.CONNECTED, hello={"device": "CPU"}, active={"1": job},
+        server=turns.link.Server.CONNECTED, hello={"device": "CPU"}, active={"1": job},
         finished={"2": jobs.FinishedJob("2", "it rolls", ["Cone"]), "3": jobs.FinishedJob("3", "it rolls", ["gone"])},
         problem=jobs.Problem("worker_died", "The worker died.", "Use the preset 'fast'."),
         warnings=[jobs.Problem("note", "A note.", "Nothing to do.")],
@@ -252,11 +265,34 @@ def test_a_curve_is_refused_with_a_button_that_converts_it(connected, kit) -> No
     assert not bpy.ops.track4d.convert_to_mesh.poll()
 
 
-def test_the_other_fixes(addon, cone) -> None:
-    settings = bpy.context.scene.track4d
-    cone.scale.z = 0.0
+@pytest.mark.parametrize("scale, wanted", [((2, -2, 0), (2, -2, 2)), ((0, 3, 0), (3, 3, 3)), ((0, 0, 0), (1, 1, 1)),
+                                           ((-1, 2, 3), (-1, 2, 3))])  # fmt: skip
+def test_a_flat_object_gets_its_thickness_back(addon, cone, kit, scale, wanted) -> None:
+    """Applying a scale of zero would flatten the mesh for good."""
+    before = kit.world_positions([cone])
+    cone.scale = scale
+    bpy.context.view_layer.update()
+    if 0 in scale:
+        with pytest.raises(InputError) as caught:
+            capture.snapshot([cone])
+        assert caught.value.code == "flat_transform"
     bpy.ops.track4d.apply_scale()
     assert tuple(cone.scale) == (1, 1, 1)
+    np.testing.assert_allclose(kit.world_positions([cone]), before * wanted, atol=1e-6)
+    assert len(capture.snapshot([cone]).vertices) == len(before)
+
+
+def test_a_flat_parent_gets_its_thickness_back(addon, cone, kit) -> None:
+    before = kit.world_positions([cone])
+    cone.parent = parent = bpy.data.objects.new("Flat", None)
+    bpy.context.scene.collection.objects.link(parent)
+    parent.scale, cone.delta_scale = (2, 0, 2), (1, 1, 0)
+    bpy.ops.track4d.apply_scale()
+    np.testing.assert_allclose(kit.world_positions([cone]), 2 * before, atol=1e-6)
+
+
+def test_the_other_fixes(addon, cone) -> None:
+    settings = bpy.context.scene.track4d
     settings.preset = "fine"
     bpy.ops.track4d.smaller_preset()
     bpy.ops.track4d.smaller_preset()
@@ -345,7 +381,7 @@ def test_one_of_three_can_be_cancelled_while_the_object_is_photographed(connecte
     jobs.tick()
     for job in list(jobs.state.active):
         bpy.ops.track4d.cancel(job_id=job)
-    assert not jobs._captures and not [scene for scene in bpy.data.scenes if scene.name.startswith(".")]
+    assert not turns.tasks and not [scene for scene in bpy.data.scenes if scene.name.startswith(".")]
 
 
 def test_a_result_in_another_form(connected, cone, tmp_path) -> None:
@@ -389,7 +425,7 @@ def test_a_cloud_shows_the_history_of_its_object(addon, cone, kit) -> None:
         "gaussian_colors": np.full((count, 3), 0.5, np.float32),
         "gaussian_sh": sh,
     }
-    made = results.put("take", seen, result, jobs.Order(settings.to_dict(), ""), "shipped")
+    made = slices.finished(results.put("take", seen, result, jobs.Order(settings.to_dict(), ""), "shipped"))
     cloud = bpy.data.objects[made["cloud"]]
     color = cloud.data.attributes["sh_0_0"].data[0].vector[0]
     assert color < -0.4, "seen from above, looking along -Z, it is dark"
@@ -412,15 +448,15 @@ def test_pin_group_becomes_an_array_of_the_request(addon, cone, kit) -> None:
     seen = capture.snapshot([cone, other])
     settings = bpy.context.scene.track4d
     settings.pin_group, settings.prompt = "Feet", "it rolls"
-    work, total = sources.steps(seen, settings)
+    begin, total = sources.plan(settings, capture.known_objects([cone, other]))
     assert total == 4
-    request = finished(work)
+    request = slices.finished(begin(seen))
     wanted = np.zeros(26, np.float32)
     wanted[[0, 3, 12]] = (0.25, 1.0, 0.25)
     np.testing.assert_array_equal(request.arrays["pin"], wanted)
     settings.pin_group = "No such group"
     with pytest.raises(InputError) as caught:
-        sources.steps(seen, settings)
+        sources.plan(settings, capture.known_objects([cone, other]))
     assert caught.value.code == "no_vertex_group"
 
 
@@ -448,7 +484,7 @@ def test_the_motion_of_another_object_is_filmed(addon, cone, kit) -> None:
         squeeze.value = value
         squeeze.keyframe_insert("value", frame=frame)
     bpy.context.scene.frame_set(1)
-    parts = sources.parts_of(source, capture.snapshot([cone]))
+    parts = sources.parts_of(source, capture.known_objects([cone]))
     assert sources.own_frames(parts) == (11, 14)
     before = kit.everything()
 
@@ -456,7 +492,7 @@ def test_the_motion_of_another_object_is_filmed(addon, cone, kit) -> None:
         assert kit.everything() == before
 
     seen = capture.snapshot([cone])
-    request = finished(sources.from_object(seen, Settings(task="fit"), parts, size=32, samples=1), unchanged)
+    request = finished(sources.from_object(seen, Settings(task="fit"), sources.filming(parts), size=32, samples=1), unchanged)
     video = request.arrays["video"]
     assert video.shape == (4, 4, 32, 32, 4)
     masks = video[..., 3] > 127
@@ -471,10 +507,10 @@ def test_the_motion_of_another_object_is_filmed(addon, cone, kit) -> None:
 
 
 def test_a_source_must_be_another_mesh(addon, cone) -> None:
-    seen = capture.snapshot([cone])
+    known = capture.known_objects([cone])
     for source in (None, cone, bpy.data.objects.new("Empty", None)):
         with pytest.raises(InputError) as caught:
-            sources.parts_of(source, seen)
+            sources.parts_of(source, known)
         assert caught.value.code == "no_source_object"
 
 
@@ -576,7 +612,8 @@ def test_lights_are_added_baked_and_written(addon, cone, tmp_path) -> None:
     assert lighting.LIGHTS in bpy.data.collections and lighting.baked_colors(cone).max() > 0.1
     assert bpy.ops.track4d.write_lit(directory=str(tmp_path)) == {"FINISHED"}
     manifest = json.loads((tmp_path / "Cone" / "asset.json").read_text())
-    assert manifest["rig"]["key"]["strength"] == 1.25 and manifest["vertices"] == 13
+    assert sorted(light["name"].split()[1] for light in manifest["lights"]) == ["back", "background", "fill", "key"]
+    assert manifest["vertices"] == 13
     assert {path.name for path in (tmp_path / "Cone").iterdir()} == {"asset.json", "mesh.glb", "gaussians.ply"}
     assert cone.select_get() and bpy.context.object == cone
 

@@ -1,6 +1,7 @@
-"""What a user does with Track4D, run inside a real Blender window by run.sh: type, press Animate, watch, play, cancel.
+"""What a user does with Track4D, run inside a real Blender window by run.sh: type, press Animate, watch, play, cancel; then
+variations, a Gaussian cloud, export and baked light.
 
-The window is touched from outside, as by a hand: a line in /gui/request ("shot name", "click x y", "type words") is
+The window is touched from outside, as by a hand: a line in /gui/request ("shot name", "click x y", "type words", "key name") is
 carried out by run.sh, which then removes the file. What is found wrong ends the story with a traceback in /gui/failed.
 """
 
@@ -37,15 +38,17 @@ def ask(request: str) -> Callable[[], bool]:
 
 
 def at(below: float) -> str:
-    """Screen coordinates of the middle of the sidebar, `below` pixels under its top."""
+    """Screen coordinates of the middle of the sidebar, `below` pixels under its top where the server takes two lines."""
     window = bpy.context.window_manager.windows[0]
     _, region = viewport()
+    panels = importlib.import_module(f"{ADDON}.panels")
+    below += 20 * (sum(len(panels.wrap(text, region.width)) for text, _ in jobs().status(jobs().state)) - 2)
     return f"{region.x + region.width // 2 - 10} {window.height - (region.y + region.height) + below:.0f}"
 
 
 def time_ticks() -> list[float]:
     """Seconds that each of the extension's timer ticks holds Blender up, from now on."""
-    module, seconds = jobs(), []
+    module, seconds = importlib.import_module(f"{ADDON}.turns"), []
     tick = module.tick
 
     def timed() -> float:
@@ -57,6 +60,14 @@ def time_ticks() -> list[float]:
 
     module.tick = timed
     return seconds
+
+
+def drawings() -> list[float]:
+    """When the tab is drawn, from now on; the first window of a new Blender takes its time."""
+    panels, times = importlib.import_module(f"{ADDON}.panels"), []
+    draw = panels.draw_main
+    panels.draw_main = lambda *values: (times.append(time.perf_counter()), draw(*values))
+    return times
 
 
 def farthest(obj: bpy.types.Object) -> float:
@@ -80,6 +91,19 @@ def load() -> bpy.types.Object:
     obj.select_set(True)
     bpy.context.view_layer.objects.active = obj
     return obj
+
+
+def open_parts() -> None:
+    """The closed parts of the tab once more, open, in a tab "Look" of their own."""
+    panels = importlib.import_module(f"{ADDON}.panels")
+    for name in ("settings", "export", "lights"):
+        closed = getattr(panels, f"VIEW3D_PT_track4d_{name}")
+        members = {"bl_idname": f"VIEW3D_PT_look_{name}", "bl_category": "Look", "bl_parent_id": "", "bl_options": set()}
+        bpy.utils.register_class(type(f"VIEW3D_PT_look_{name}", (closed,), members))
+
+
+def settled() -> bool:
+    return not jobs().state.active and not jobs().state.setup.busy
 
 
 def press_animate() -> Generator[Wait, None, None]:
@@ -107,7 +131,10 @@ def story() -> Generator[Wait, None, None]:
     yield 1.0
     region.active_panel_category = "Track4D"
     area.tag_redraw()
-    yield lambda: jobs().state.server.value == "connected"
+    drawn = drawings()
+    yield lambda: drawn and jobs().state.server.value == "connected"
+    drawn.clear()
+    yield lambda: drawn
     yield 2.0
     yield ask("shot 1_ready")
 
@@ -144,6 +171,9 @@ def story() -> Generator[Wait, None, None]:
     assert len(obj.data.shape_keys.key_blocks) == 17, "redo doesn't bring the animation back"
     yield 1.0
 
+    yield from outputs(obj)
+    obj = bpy.data.objects[name]
+    keys = len(obj.data.shape_keys.key_blocks)
     yield from press_animate()
     yield lambda: any(j.phase.name == "RUNNING" for j in jobs().state.active.values()) or jobs().state.problem
     (job,) = jobs().state.active.values()
@@ -152,7 +182,7 @@ def story() -> Generator[Wait, None, None]:
     assert job.id in jobs().state.active, "the second run was over before it could be cancelled"
     bpy.ops.track4d.cancel(job_id=job.id)
     assert not jobs().state.active
-    assert len(obj.data.shape_keys.key_blocks) == 17, "the cancelled run touched the mesh"
+    assert len(obj.data.shape_keys.key_blocks) == keys, "the cancelled run touched the mesh"
     yield 3.0
     yield ask("shot 5_cancelled")
 
@@ -174,6 +204,56 @@ def story() -> Generator[Wait, None, None]:
         f"the longest {', '.join(f'{pause:.2f}' for pause in pauses[-8:])} s\n"
     )
     bpy.ops.wm.quit_blender()  # with a job under way
+
+
+def outputs(obj: bpy.types.Object) -> Generator[Wait, None, None]:
+    """Three variations, a Gaussian cloud, the closed parts of the tab, the export's file browser, and baked light."""
+    area, region = viewport()
+    space, name = area.spaces.active, obj.name
+    bpy.ops.track4d.animate(variations=3)
+    yield lambda: any(job.step for job in jobs().state.active.values() if job.phase.name == "RUNNING")
+    yield 2.0
+    yield ask("shot 8_three_jobs")
+    yield settled
+    assert jobs().state.problem is None, jobs().state.problem
+    obj = bpy.data.objects[name]
+    yield 2.0
+    yield ask("shot 9_variations")
+
+    bpy.ops.track4d.output_as(output="gaussian_cloud")
+    yield settled
+    if jobs().state.problem is None:  # the tests' stand-in for the pipeline makes no Gaussians
+        bpy.data.objects[name].hide_viewport = True
+        yield 4.0
+        yield ask("shot 10_cloud")
+        bpy.data.objects[name].hide_viewport = False
+        bpy.ops.track4d.output_as(output="shape_keys")
+        yield settled
+    bpy.ops.track4d.dismiss_error()
+
+    open_parts()
+    area.tag_redraw()
+    yield 3.0
+    region.active_panel_category = "Look"
+    yield 2.0
+    yield ask("shot 11_parts")
+    with bpy.context.temp_override(window=bpy.context.window_manager.windows[0], area=area, region=region):
+        bpy.ops.track4d.export("INVOKE_DEFAULT", form=".glb")
+    yield 4.0
+    yield ask("shot 12_export")
+    yield ask("key Escape")
+    yield 2.0
+
+    bpy.context.scene.track4d.lights.samples = 16
+    bpy.context.scene.track4d.lights.keep_rig = True
+    bpy.ops.track4d.bake_lights()
+    space.shading.type, space.shading.color_type, space.shading.light = "SOLID", "VERTEX", "FLAT"
+    yield 2.0
+    yield ask("shot 13_baked")
+    bpy.ops.track4d.remove_lights()
+    space.shading.type, space.shading.color_type, space.shading.light = "MATERIAL", "MATERIAL", "STUDIO"
+    region.active_panel_category = "Track4D"
+    yield 2.0
 
 
 def driver() -> Callable[[], float | None]:
