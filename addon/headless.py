@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .capture import Snapshot
 
 CANCEL_PATIENCE = 10.0  # seconds to wait until the server has stopped a job
+SWITCHES = ("--quiet", "--morph-normals", "--loop", "--keep-root", "--help")  # options without a value
 LOST_TRIES = 3  # times that a server may be lost during one job
 
 
@@ -120,6 +121,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--frames", type=int, default=16)
         command.add_argument("--preset", default="default", choices=PRESETS)
         command.add_argument("--front", default="-Y", choices=list(FRONTS), help="the axis that the objects face")
+        command.add_argument("--strength", type=float, default=1.0, help="how far the motion goes: 0 stands still, 1 as imagined")
+        command.add_argument("--loop", action="store_true", help="the last frame is the first one again")
+        command.add_argument("--keep-root", action="store_true", help="the objects don't travel, they move on the spot")
+        command.add_argument("--pin", default="", metavar="GROUP", help="a vertex group that stays still where its weight is 1")
         command.add_argument("--home", type=Path, help="folder of the server's jobs and keys")
         command.add_argument("--report", type=Path, help="write what was done as .json")
         command.add_argument("--preview", type=Path, help="write the moving views as .webp")
@@ -144,7 +149,7 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     rest, joined = list(arguments), []
     while rest:
         word = rest.pop(0)
-        takes_value = word.startswith("--") and "=" not in word and word not in ("--quiet", "--morph-normals", "--help")
+        takes_value = word.startswith("--") and "=" not in word and word not in SWITCHES
         joined.append(f"{word}={rest.pop(0)}" if takes_value and rest else word)
     return joined
 
@@ -182,15 +187,22 @@ def _run(options: argparse.Namespace, session: Session) -> None:
         preset=options.preset,
         front=options.front,
         task=options.task,
+        strength=options.strength,
+        loop=options.loop,
+        keep_root=options.keep_root,
     )
     with session.stage("load"):
         session.progress("load", 0, 1)
         import bpy
 
         from . import apply, capture, scene_io
+        from .capture.pins import check_group, pin_weights
+        from .slices import finished
 
         objects, warnings = scene_io.load(options.file)
     with session.stage("capture"):
+        if options.pin:
+            check_group(objects, options.pin)
         seen = capture.snapshot(objects)
         for warning in (*warnings, *seen.warnings):
             session.say(warning=warning)
@@ -199,6 +211,8 @@ def _run(options: argparse.Namespace, session: Session) -> None:
             if options.task == "fit"
             else capture.capture(seen, settings, report=lambda stage, step, total: session.progress(stage, step, total))
         )
+        if options.pin:
+            request.arrays["pin"] = finished(pin_weights(seen, options.pin))
     job_id = uuid.uuid4().hex
     with session.stage("connect"):
         session.progress("connect", 0, 1)
@@ -338,6 +352,10 @@ def _write_files(
                 "frames": options.frames,
                 "preset": options.preset,
                 "seed": options.seed,
+                "strength": options.strength,
+                "loop": options.loop,
+                "keep_root": options.keep_root,
+                "pin": options.pin,
             },
             "objects": [obj.name for obj in objects],
         }

@@ -20,6 +20,7 @@ from track4d_protocol.errors import Track4DError, TransportError, error_from_dic
 
 from .commands.bake_lighting import bake_lighting
 from .commands.dataset import dataset_render
+from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.probe import probe
 from .commands.track import track
@@ -31,6 +32,7 @@ train_app = typer.Typer(no_args_is_help=True, help="Train the models that ship."
 app.add_typer(train_app, name="train")
 app.command()(track)
 app.command()(bake_lighting)
+app.command()(evaluate)
 app.command()(generate)
 app.command()(probe)
 train_app.command("video")(train_video)
@@ -47,27 +49,39 @@ Frames = Annotated[int, typer.Option(help="Frames of the result.")]
 Seed = Annotated[int, typer.Option(help="Another seed, another motion.")]
 PresetName = Annotated[str, typer.Option("--preset", help="fast or default.")]
 Front = Annotated[str, typer.Option(help="The axis that the object faces: -Y, +Y, +X or -X.")]
+Strength = Annotated[float, typer.Option(min=0.0, help="How far the motion goes: 0 stands still, 1 is as imagined.")]
+Loop = Annotated[bool, typer.Option("--loop", help="The last frame is the first one again.")]
+KeepRoot = Annotated[bool, typer.Option("--keep-root", help="The object doesn't travel, it moves on the spot.")]
+Pin = Annotated[str, typer.Option(metavar="GROUP", help="A vertex group that stays still, fully where its weight is 1.")]
 Extra = Annotated[Path | None, typer.Option()]
 Normals = Annotated[bool, typer.Option("--morph-normals", help="Normals of the morph targets too, in .glb and .gltf.")]
 
 
 @app.command()
 def animate(mesh: Path, out: Outputs, prompt: Annotated[str, typer.Option(help='What it does, such as "the fox is running".')],
-            seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", home: Home = None,
+            seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", strength: Strength = 1.0,
+            loop: Loop = False, keep_root: KeepRoot = False, pin: Pin = "", home: Home = None,
             preview: Extra = None, sheet: Extra = None, report: Extra = None, morph_normals: Normals = False) -> None:
     """Animate the mesh of a file by a sentence."""
-    blender_client("animate", mesh, ["--prompt", prompt], out, (seed, frames, preset, front), home, preview, sheet, report,
-                   morph_normals)
+    what = ["--prompt", prompt, *direction(strength, loop, keep_root, pin)]
+    blender_client("animate", mesh, what, out, (seed, frames, preset, front), home, preview, sheet, report, morph_normals)
 
 
 @app.command()
 def fit(mesh: Path, out: Outputs,
         video: Annotated[Path, typer.Option(help="Folder with view_0/, view_1/, ... and cameras.json.")],
-        seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", home: Home = None,
+        seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", strength: Strength = 1.0,
+        loop: Loop = False, keep_root: KeepRoot = False, pin: Pin = "", home: Home = None,
         preview: Extra = None, sheet: Extra = None, report: Extra = None, morph_normals: Normals = False) -> None:
     """Make the mesh of a file move as in a multi-view video."""
-    blender_client("fit", mesh, ["--video", str(video)], out, (seed, frames, preset, front), home, preview, sheet, report,
-                   morph_normals)
+    what = ["--video", str(video), *direction(strength, loop, keep_root, pin)]
+    blender_client("fit", mesh, what, out, (seed, frames, preset, front), home, preview, sheet, report, morph_normals)
+
+
+def direction(strength: float, loop: bool, keep_root: bool, pin: str) -> list[str]:
+    """What is to be done with the motion, as the client takes it."""
+    switches = [name for name, on in (("--loop", loop), ("--keep-root", keep_root)) if on]
+    return [f"--strength={strength}", *switches, *([f"--pin={pin}"] if pin else [])]
 
 
 @app.command()

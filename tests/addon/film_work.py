@@ -13,6 +13,9 @@ def run(request: Request, report, checkpoint=None) -> Result:
     result.arrays["video"] = np.broadcast_to(ramp, (len(arrays["viewmats"]), frames, 48, 48, 3)).copy()
     result.arrays |= gaussians(result.arrays["vertices"])
     result.report["arrived"] = {name: list(array.shape) for name, array in arrays.items()}
+    result.report["asked"] = request.settings.to_dict()
+    if "pin" in arrays:
+        result.report["pinned"] = int((arrays["pin"] > 0).sum())
     if "video" in arrays:
         result.report["first_pixels"] = arrays["video"][:, :, 0, 0].tolist()  # [V, F, C]
         result.report["viewmats"] = arrays["viewmats"].tolist()

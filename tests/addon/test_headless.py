@@ -12,7 +12,7 @@ import bpy
 import numpy as np
 import pytest
 from PIL import Image
-from track4d_addon import capture, image_sequences, scene_io
+from track4d_addon import capture, headless, image_sequences, scene_io
 from track4d_protocol.client import Client
 from track4d_protocol.errors import InputError
 from track4d_protocol.keys import read_connection
@@ -80,6 +80,12 @@ def test_a_file_becomes_files(kit, asset, home, tmp_path) -> None:
             out["fox.glb"],
             *(word for name in names[1:6] for word in ("--out", out[name])),
             "--morph-normals",
+            "--strength",
+            1.5,
+            "--loop",
+            "--keep-root",
+            "--pin",
+            "b_Head_05",
             "--preview",
             out["fox.webp"],
             "--sheet",
@@ -104,6 +110,12 @@ def test_a_file_becomes_files(kit, asset, home, tmp_path) -> None:
     assert report["client_versions"]["bpy"] == bpy.app.version_string
     assert [w["code"] for w in report["warnings"]] == ["rest_pose_used", "tiny_work"]
     assert report["arrived"]["views"] == [4, 256, 256, 4]
+    asked = report["asked"]
+    assert (asked["strength"], asked["loop"], asked["keep_root"]) == (1.5, True, True)
+    assert report["arrived"]["pin"] == report["arrived"]["vertices"][:1] and 0 < report["pinned"] < report["arrived"]["pin"][0]
+    assert {name: report["settings"][name] for name in ("strength", "loop", "keep_root", "pin")} == {
+        "strength": 1.5, "loop": True, "keep_root": True, "pin": "b_Head_05"
+    }  # fmt: skip
     with Image.open(out["fox.webp"]) as preview, Image.open(out["sheet.png"]) as sheet:
         assert preview.size == (96, 96) and preview.n_frames == 8
         assert sheet.width % 48 == 0 and sheet.height > 4 * 48
@@ -362,3 +374,18 @@ def test_without_cameras_the_views_must_be_the_orbit(tmp_path) -> None:
     with pytest.raises(InputError) as caught:
         image_sequences.read_cameras(tmp_path, 3, 32, 32)
     assert caught.value.code == "missing_cameras"
+
+
+def test_the_command_line_hands_the_client_what_it_was_given(monkeypatch, tmp_path) -> None:
+    typer_testing = pytest.importorskip("typer.testing")
+    cli = pytest.importorskip("track4d.cli", reason="the server isn't installed here")
+    given = {}
+    monkeypatch.setattr(cli, "blender_client", lambda task, mesh, what, *_: given.update(task=task, what=what))
+    words = ["animate", "fox.glb", "-o", "a.glb", "--prompt", "it runs", "--strength", "0.5", "--loop", "--pin", "Feet"]
+    done = typer_testing.CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.output
+    assert given == {"task": "animate", "what": ["--prompt", "it runs", "--strength=0.5", "--loop", "--pin=Feet"]}
+    monkeypatch.chdir(tmp_path)
+    Path("fox.obj").write_text("v 0 0 0\n")
+    options = headless._parse(["animate", "fox.obj", "--out", "a.glb", *given["what"], "--front", "+X"])
+    assert (options.strength, options.loop, options.keep_root, options.pin, options.front) == (0.5, True, False, "Feet", "+X")
