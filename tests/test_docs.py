@@ -22,3 +22,10 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
             if not target.startswith("http") and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
     assert not broken
+
+
+def test_nobody_is_sent_to_a_package_that_the_index_does_not_have() -> None:
+    """The name `track4d` is nobody's there: whoever takes it would be installed."""
+    pages = [ROOT / "README.md", *(path for folder in ("docs", "addon", "server", "protocol", "tools")
+                                   for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py"))]  # fmt: skip
+    assert not [path for path in pages if re.search(r"pip install ['\"]?track4d\b", path.read_text("utf-8"))]
