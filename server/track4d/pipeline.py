@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from track4d_protocol import __version__
 from track4d_protocol.errors import InputError
@@ -25,7 +26,7 @@ from .motion.appearance import estimate_shading
 from .motion.direction import directed
 from .motion.field import quaternion_product
 from .motion.fit import Tracks3D, fit_motion
-from .motion.footage import Footage, read_footage
+from .motion.footage import WORKING_SIZE, Footage, read_footage
 from .motion.reconstruct import reconstruct_motion
 from .motion.refine import object_pictures, refine_motion
 from .motion.sds import motion_prior
@@ -34,6 +35,10 @@ from .progress import JobReport, Report
 from .video.generator import MotionGenerator, decode_video
 from .video.text import count_tokens, length_warnings
 
+# What a job takes at its peak, measured; bytes. The registration plans its own share (`fit.check_memory`).
+PIXEL_BYTES = 48  # of the video at the size the fit works with: its footage, and the refinement's pictures in float32
+DRAWN_BYTES = 24  # of a video that is drawn: RGBA in float32 and in bytes
+GAUSSIAN_BYTES, VERTEX_BYTES = 64, 36  # of each in each frame of the result
 FILMED = 8  # frames drawn at a time: all of a long film in float32 would take gigabytes
 PINNED = 0.5  # vertices held more than this keep their shape while the motion is refined
 
@@ -56,6 +61,7 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
     check_request(request)
     settings, arrays = request.settings, request.arrays
     quality = PRESETS[settings.preset]
+    check_memory(request, quality)
     warnings: list[dict[str, str]] = []
 
     with clock("canonicalise"):
@@ -188,6 +194,28 @@ def word_warnings(generator: MotionGenerator, prompt: str) -> list[dict[str, str
         return warnings
     return [*warnings, {"code": "unknown_words", "message": f"The model does not know: {', '.join(unknown)}.",
              "action": f"It knows these motions: {', '.join(generator.known_verbs())}."}]
+
+
+def check_memory(request: Request, quality: Preset) -> None:
+    """Refuses a job that this machine has no room for, before it begins.
+
+    Raises:
+        InputError: too_little_memory.
+    """
+    settings, arrays = request.settings, request.arrays
+    if settings.task == "fit":
+        views, fitted, side = arrays["video"].shape[:3]
+        drawn, shown = 0, min(side, WORKING_SIZE)
+    else:
+        views, fitted, side = len(arrays["views"]), FITTED_FRAMES, arrays["views"].shape[1]
+        drawn, shown = views * fitted * side**2 * DRAWN_BYTES, side
+    pictures = views * fitted * min(side, WORKING_SIZE)**2 * PIXEL_BYTES
+    frame = 3 * views * shown**2 + quality.gaussians * GAUSSIAN_BYTES + len(arrays["vertices"]) * VERTEX_BYTES
+    needed, free = pictures + drawn + settings.frames * frame, psutil.virtual_memory().available
+    if needed > free:
+        raise InputError("too_little_memory", f"{views} views of {fitted} frames and a result of {settings.frames} frames need "
+                         f"about {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free.",
+                         "Close other programs, or use fewer frames, fewer views or smaller pictures.")
 
 
 def check_stills(stills: np.ndarray, most: int) -> None:

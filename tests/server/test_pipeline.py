@@ -1,9 +1,11 @@
 """The pipeline as the worker calls it: real generator, real fit, and everything a user can get wrong."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import trimesh
 from track4d import pipeline
@@ -165,6 +167,22 @@ def test_bad_videos_are_refused(capsule, views, frames, size, code) -> None:
     with pytest.raises(InputError) as caught:
         run(bad, silent)
     assert caught.value.code == code and caught.value.action
+
+
+@pytest.mark.parametrize("task", ["animate", "fit"])
+def test_memory_is_planned_before_the_work_begins(capsule, task, monkeypatch) -> None:
+    """64 frames of 8 views, and a result of as many, were measured to take 1.7 GB more than the request."""
+    job = request(*capsule, task=task, prompt="it bends", frames=64)
+    name, shape, needed = {"fit": ("video", (8, 64, 256, 256, 4), 1.7e9), "animate": ("views", (4, 512, 512, 4), 0.9e9)}[task]
+    job.arrays[name] = np.broadcast_to(np.uint8(0), shape)
+    for free, fits in ((0.8 * needed, False), (1.3 * needed, True)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        if fits:
+            pipeline.check_memory(job, pipeline.PRESETS["default"])
+            continue
+        with pytest.raises(InputError) as caught:
+            pipeline.check_memory(job, pipeline.PRESETS["default"])
+        assert caught.value.code == "too_little_memory" and "GB" in caught.value.message and "fewer" in caught.value.action
 
 
 def test_missing_pictures_are_named(capsule) -> None:
