@@ -51,7 +51,8 @@ def torch_device() -> Finding:
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return Finding("ok", "device", f"{torch.cuda.get_device_name()}, {free / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB free, "
+        memory = f"{free / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB free"
+        return Finding("ok", "device", f"{torch.cuda.get_device_name()}, {memory}, "
                        f"for training and benchmarks; jobs run on the CPU's {os.cpu_count()} cores")
     return Finding("ok", "device", f"CPU with {os.cpu_count()} cores (torch {torch.__version__}); no NVIDIA GPU is needed")
 
