@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+Cell = Callable[[str, dict[str, Any]], str]
+
+
+def _number(part: str, name: str, digits: int) -> Cell:
+    """What a column says of an asset's figures; what is not known is a dash."""
+
+    def cell(_asset: str, figures: dict[str, Any]) -> str:
+        value = figures.get(part, {}).get(name)
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    return cell
+
+
+WORDS = ("asset", "prompt")
+STILL: dict[str, Cell] = {
+    "asset": lambda asset, _: asset,
+    "prompt": lambda _, figures: figures.get("prompt", "-"),
+    "vertices": lambda _, figures: str(figures.get("vertices", "-")),
+    "Gaussians": lambda _, figures: str(figures.get("gaussians", "-")),
+    "PSNR": _number("gaussians_look", "psnr", 1),
+    "IoU": _number("gaussians_look", "iou", 3),
+}
+MOVING: dict[str, Cell] = {name: STILL[name] for name in ("asset", "PSNR", "IoU")} | {
+    "frames": _number("motion", "frames", 0),
+    "start PSNR": _number("result_look", "psnr", 1),
+    "start IoU": _number("result_look", "iou", 3),
+    "motion": _number("motion", "size", 3),
+    "roughness": _number("motion", "roughness", 2),
+    "stretch": _number("motion", "stretch", 2),
+}
 
 
 def evaluate(
@@ -48,11 +80,12 @@ def evaluate(
         except InputError as error:
             figures["error"] = error.to_dict()
             problems.append((path.name, error))
-    headings = ["asset", "prompt", "vertices", "Gaussians", "PSNR", "IoU"]
-    headings += ["frames", "start PSNR", "start IoU", "motion", "roughness", "stretch"] if results is not None else []
-    table = Table(*headings, box=None)
+    columns = STILL if results is None else MOVING
+    table = Table(box=None)
+    for heading in columns:
+        table.add_column(heading, **({"overflow": "fold"} if heading in WORDS else {"justify": "right", "no_wrap": True}))
     for name, figures in found.items():
-        table.add_row(*map(Text, _row(name, figures, len(headings))))
+        table.add_row(*(Text(columns[heading](name, figures)) for heading in columns))
     console.print(table)
     for name, problem in problems:
         console.print(Text(f"{name}: {problem.message} {problem.action}", "red"), soft_wrap=True)
@@ -60,20 +93,3 @@ def evaluate(
         report.write_text(json.dumps(found, indent=1), "utf-8")
     if problems:
         raise typer.Exit(1)
-
-
-def _row(name: str, figures: dict[str, Any], columns: int) -> list[str]:
-    """The cells of one asset; what is not known is a dash."""
-    def shown(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    cells = [name]
-    if "gaussians_look" in figures:
-        look = figures["gaussians_look"]
-        cells += [figures["prompt"], str(figures["vertices"]), str(figures["gaussians"]), shown(look["psnr"], 1),
-                  shown(look["iou"], 3)]
-    if "result_look" in figures:
-        look, motion = figures["result_look"], figures["motion"]
-        cells += [str(motion["frames"]), shown(look["psnr"], 1), shown(look["iou"], 3), shown(motion["size"], 3),
-                  shown(motion["roughness"], 2), shown(motion["stretch"], 2)]
-    return cells + ["-"] * (columns - len(cells))
