@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import time
 import uuid
+from collections.abc import Sequence
 
 import bpy
 
@@ -21,13 +22,13 @@ __all__ = ["ActiveJob", "FinishedJob", "Order", "Phase", "Problem", "State", "ap
            "fetch_again", "shut_down", "start", "state", "status", "tick", "wake"]  # fmt: skip
 
 
-def start(context: bpy.types.Context, objects: list[bpy.types.Object], variations: int = 1) -> list[str]:
+def start(context: bpy.types.Context, objects: list[bpy.types.Object], seeds: Sequence[int]) -> list[str]:
     """Begin an animation: photograph the objects view by view, then hand the request to the server.
 
     Args:
         context: its scene holds the settings.
         objects: to be animated together.
-        variations: how many results, with seeds that follow each other; they share one capture.
+        seeds: of the results; they share one capture.
 
     Returns:
         The ids of the jobs.
@@ -43,7 +44,7 @@ def start(context: bpy.types.Context, objects: list[bpy.types.Object], variation
     known = known_objects(objects)
     begin, total = sources.plan(chosen, known)
     names, batch, ids = [name for _, name in known], uuid.uuid4().hex, []
-    for seed in range(chosen.seed, chosen.seed + variations):
+    for seed in seeds:
         job = ActiveJob(
             uuid.uuid4().hex, chosen.title(), names, total=total, order=Order(chosen.to_dict() | {"seed": seed}, batch)
         )

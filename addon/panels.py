@@ -170,7 +170,9 @@ def draw_settings(layout: bpy.types.UILayout, context: bpy.types.Context) -> Non
     column.prop(settings, "frames")
     column.prop(scene.render, "fps")
     rate = scene.render.fps / scene.render.fps_base
-    column.label(text=f"{settings.frames / rate:.2f} s from frame {scene.frame_start}", icon="TIME")
+    row = column.split(factor=0.4)
+    row.label()
+    row.label(text=f"{settings.frames / rate:.2f} s from frame {scene.frame_start}")
     for name in ("strength", "loop", "keep_root"):
         layout.prop(settings, name)
     if obj is not None and obj.type == "MESH":
@@ -277,9 +279,10 @@ def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None, widt
         play = row.operator("track4d.play", icon="PLAY")
         play.frame_start, play.frame_end = int(first), int(-(-last // 1))
         row.operator("track4d.remove_animation", text="Remove", icon="TRASH")
-    if record and record.get("settings", {}).get("output") in ("gaussian_cloud", "all"):
+    cloudy = bool(record) and record.get("settings", {}).get("output") in ("gaussian_cloud", "all")
+    if cloudy or obj.hide_viewport or obj.hide_render:
         row = box.row(align=True)
-        row.label(text="The mesh in the cloud")
+        row.label(text="The mesh in the cloud" if cloudy else "The mesh is hidden")
         for name in ("hide_viewport", "hide_render"):
             row.prop(obj, name, text="")
     column = box.column(align=True)

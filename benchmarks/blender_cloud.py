@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--archive", type=Path, help="a .t4d to draw")
     parser.add_argument("--picture", type=Path, help="where the comparison is written")
-    parser.add_argument("--frame", type=int, default=6)
+    parser.add_argument("--frame", type=int, default=10)
     parser.add_argument("--size", type=int, default=256)
     arguments = parser.parse_args()
     if arguments.archive:

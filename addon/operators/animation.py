@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count, islice
+
 import bpy
 from track4d_protocol.errors import InputError
 
@@ -12,7 +14,7 @@ VARIATIONS = 3
 
 
 def start(context: bpy.types.Context, objects: list[bpy.types.Object], variations: int = 1) -> None:
-    """Begins an animation with the scene's settings.
+    """Begins an animation with the scene's settings; of several, none has a seed that this prompt has had on the first object.
 
     Raises:
         InputError: see `jobs.start` and `apply.check_kind`.
@@ -20,7 +22,10 @@ def start(context: bpy.types.Context, objects: list[bpy.types.Object], variation
     from ..apply import check_kind
 
     check_kind(context.scene.track4d.output)
-    jobs.start(context, objects, variations)
+    settings = context.scene.track4d
+    records = marks.history(objects[0]).values() if variations > 1 and objects else ()
+    had = {record["seed"] for record in records if record.get("title") == settings.title()}
+    jobs.start(context, objects, list(islice((seed for seed in count(settings.seed) if seed not in had), variations)))
 
 
 class TRACK4D_OT_animate(bpy.types.Operator):
@@ -34,7 +39,7 @@ class TRACK4D_OT_animate(bpy.types.Operator):
     def description(cls, _context: bpy.types.Context, properties: bpy.types.OperatorProperties) -> str:
         if properties.variations == 1:
             return cls.bl_description
-        return f"{properties.variations} animations of the selected meshes with seeds that follow each other, to choose from"
+        return f"{properties.variations} animations of the selected meshes with seeds they haven't had, to choose from"
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:

@@ -9,7 +9,7 @@ import bpy
 from ..files import WRITABLE, suffix
 from .refusal import refusing
 
-FORMATS = [(ending, f"{what} ({ending})", f"Write {ending}: {what}") for ending, what in WRITABLE.items()]
+FORMATS = [(ending, f"{ending}  {what}", f"Write {ending}: {what}") for ending, what in WRITABLE.items()]
 
 
 class TRACK4D_OT_export(bpy.types.Operator):

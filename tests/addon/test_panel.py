@@ -46,7 +46,7 @@ class Layout:
         assert icon in ICONS, icon
         self.log.append(text)
 
-    def label(self, text: str, icon: str = "NONE", **_) -> None:
+    def label(self, text: str = "", icon: str = "NONE", **_) -> None:
         self._note(text, icon)
 
     def operator(self, name: str, text: str | None = None, icon: str = "NONE", **_):
@@ -357,6 +357,11 @@ def test_three_variations_share_one_capture_and_lie_side_by_side(connected, cone
     assert [record["seed"] for record in marks.history(cone).values()][-1] == 8
     newest = list(marks.history(cone))[-1]
     assert results.shown_take(cone) == newest, "what was asked for alone is shown"
+    settings.prompt, settings.seed = "it rolls", 4
+    bpy.ops.track4d.animate(variations=2)
+    assert [job.order.settings["seed"] for job in jobs.state.active.values()] == [4, 9], "5 to 8 are there already"
+    for job in list(jobs.state.active):
+        bpy.ops.track4d.cancel(job_id=job)
 
     copy = cone.copy()
     copy.data = cone.data.copy()

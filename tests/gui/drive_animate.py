@@ -1,7 +1,7 @@
 """What a user does with Track4D, run inside a real Blender window by run.sh: type, press Animate, watch, play, cancel; then
 variations, a Gaussian cloud, export and baked light.
 
-The window is touched from outside, as by a hand: a line in /gui/request ("shot name", "click x y", "type words", "key name") is
+The window is touched from outside, as by a hand: a line in /gui/request ("shot name", "click x y", "type words") is
 carried out by run.sh, which then removes the file. What is found wrong ends the story with a traceback in /gui/failed.
 """
 
@@ -133,8 +133,7 @@ def story() -> Generator[Wait, None, None]:
     area.tag_redraw()
     drawn = drawings()
     yield lambda: drawn and jobs().state.server.value == "connected"
-    drawn.clear()
-    yield lambda: drawn
+    area.tag_redraw()
     yield 2.0
     yield ask("shot 1_ready")
 
@@ -227,6 +226,7 @@ def outputs(obj: bpy.types.Object) -> Generator[Wait, None, None]:
         yield 4.0
         yield ask("shot 10_cloud")
         bpy.data.objects[name].hide_viewport = False
+        bpy.data.objects[name].select_set(True)  # what is hidden is deselected
         bpy.ops.track4d.output_as(output="shape_keys")
         yield settled
     bpy.ops.track4d.dismiss_error()
@@ -241,7 +241,10 @@ def outputs(obj: bpy.types.Object) -> Generator[Wait, None, None]:
         bpy.ops.track4d.export("INVOKE_DEFAULT", form=".glb")
     yield 4.0
     yield ask("shot 12_export")
-    yield ask("key Escape")
+    for window in bpy.context.window_manager.windows:
+        for browser in (other for other in window.screen.areas if other.type == "FILE_BROWSER"):
+            with bpy.context.temp_override(window=window, area=browser):
+                bpy.ops.file.cancel()
     yield 2.0
 
     bpy.context.scene.track4d.lights.samples = 16

@@ -31,11 +31,10 @@ while [ ! -e "$ROOT/gui/passed" ] && [ ! -e "$ROOT/gui/failed" ]; do
   if [ -e "$ROOT/gui/request" ]; then
     read -r what words <"$ROOT/gui/request" || true
     case $what in
-      shot) hand xdotool mousemove 700 3 sleep 0.7; hand import -window root "/gui/$words.png" && mv "$ROOT/gui/$words.png" "$SHOTS/" ;;
+      shot) hand xdotool mousemove 200 700 sleep 0.7; hand import -window root "/gui/$words.png" && mv "$ROOT/gui/$words.png" "$SHOTS/" ;;
       click) hand xdotool mousemove $words sleep 0.6 mousemove_relative 3 0 sleep 0.6 mousedown 1 sleep 0.2 mouseup 1 ;;
       doubleclick) hand xdotool mousemove $words sleep 0.3 click --repeat 2 --delay 80 1 sleep 0.3 key ctrl+a ;;
       type) hand xdotool type --delay 30 "$words" && hand xdotool key Return ;;
-      key) hand xdotool key "$words" ;;
     esac
     rm "$ROOT/gui/request"
   fi
