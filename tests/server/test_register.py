@@ -160,3 +160,30 @@ def test_memory_is_counted_before_the_fit():
         check_memory((8, 64, 256, 256, 4), 10**9, 2 * 10**9, 200)
     assert caught.value.code == "too_little_memory"
     assert "GB" in caught.value.message
+
+
+def test_a_noisy_video_is_steadied_and_a_clean_one_left_alone(bent):
+    """A body that goes straight on, seen at places that are pixels off, in every picture otherwise."""
+    mesh, truth, video = bent
+    footage = read_footage(video, VIEWMATS, KS)
+    first, welded = weld(mesh.vertices)
+    nodes = build_nodes(Mesh(mesh.vertices[first], welded[mesh.faces]), 30)
+    registration = Registration(mesh, welded, nodes, footage, np.ones(len(mesh.vertices), np.float32), 200, 20.0, 2, 0)
+    rest = Pose.at_rest(nodes)
+    right = [Pose(rest.rotations, rest.positions + [0.02 * frame, 0, 0]) for frame in range(len(truth))]
+    generator = np.random.default_rng(0)
+    poses = [rest]
+    for frame in range(1, len(right)):
+        look = registration.look(right[frame])
+        off = generator.normal(0, 2, (len(VIEWMATS), 1, 2)) * footage.unit
+        registration.targets[frame] = [Targets(look.uv + off.astype(np.float32), look.visible.astype(np.float32), 4.0)]
+        registration.misses[frame] = 2.0
+        poses.append(registration.solve(rest, registration.targets[frame], 1.0))
+
+    def missed(poses: list[Pose]) -> float:
+        return float(np.mean([np.abs(registration.points(a) - registration.points(b)).mean() for a, b in zip(poses, right)]))
+
+    steady = registration.steadied(poses)
+    assert steady[0] is rest and missed(steady) < 0.7 * missed(poses)
+    registration.misses = dict.fromkeys(registration.misses, 0.2)
+    assert registration.steadied(poses) is poses

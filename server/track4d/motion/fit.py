@@ -167,6 +167,7 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
             poses.append(pose)
             views[frame] = registration.evidence(pose, look, frame)
     if places is None:
+        poses = registration.steadied(poses)
         still = registration.still_pieces(poses)
         poses = [pose.held(still, poses[0]) for pose in poses]
     vertices = np.stack([mesh.vertices] + [registration.vertices(pose) for pose in poses[1:]])

@@ -49,6 +49,9 @@ LARGEST_SHIFT = 1.0  # canonical units per step: further, the step is rejected
 DAMPING = (1e-3, 1e-1, 10.0)  # tried in this order until a step is sane
 CLEAN_MISS = 0.3  # pixels that the matches of a clean video lie off
 MOST_CAUTION = 5.0
+STEADY_SWEEPS = 4  # over the frames of a noisy video
+STEADINESS = 0.33  # weight of squared accelerations relative to matches that lie a pixel off
+STEADY_STIFFNESS = 20.0  # stiffness factor where matches lie a pixel off
 EVIDENCE = 1.05  # a piece moves if that explains the pixels that it changes so many times better than rest
 SLIGHT = 2.0  # pixels that a bridge may move and still be at rest
 DEPTH_HOLD = 0.02  # weight of the depth at which a single camera saw a point before, relative to a match
@@ -184,7 +187,9 @@ class Registration:
         uvs = np.einsum("pk,pkx->px", barycentric, mesh.uvs[triangle]).astype(np.float32)
         light = np.einsum("pk,pkc->pc", barycentric, shading.reshape(len(shading), -1)[self.corners])  # [P, 1 or 3]
         self.colors = (mesh.corner_colors(uvs, triangle) * light).clip(0, 1)  # [P, 3]
-        self.misses: dict[int, float] = {}  # of each frame, pixels that matches lay off in its last round: the video's noise
+        # Of each frame's last round: the targets, and how many pixels the matches lay off, which is the video's noise.
+        self.targets: dict[int, list[Targets]] = {}
+        self.misses: dict[int, float] = {}
         self.rejected = 0  # steps that would have thrown nodes about
         self._pixels_by_color = lru_cache(maxsize=2 * footage.views)(self._index_colors)
         self._nearest_inside = lru_cache(maxsize=2 * footage.views)(self._measure_masks)
@@ -378,17 +383,20 @@ class Registration:
     # ---- solving
 
     def solve(self, pose: Pose, targets: list[Targets], rigidity: float, places: Places | None = None,
-              outliers: float = 1.0, anchor: np.ndarray | None = None) -> Pose:
+              outliers: float = 1.0, anchor: np.ndarray | None = None, expected: tuple[np.ndarray, float] | None = None,
+              steps: int | None = None) -> Pose:
         """A few Gauss-Newton steps towards targets in the pictures and places in space.
 
         Args:
             rigidity: factor on the stiffness.
             places: tracked places, which may tear, so rigidity is not robust with them; outliers: factor on their outlier scale.
             anchor: [P, 3] points whose depth holds back that of the surface points, where a single camera can't tell it.
+            expected: [P, 3] where the frames beside let the points be, and its weight relative to a match.
+            steps: how many; the preset's if None.
         """
         nodes, count, unit = self.nodes, len(self.nodes.rest), self.footage.unit
         tails, heads = nodes.edges.T
-        for _ in range(self.steps):
+        for _ in range(steps or self.steps):
             points = self.points(pose)
             information, pull = np.zeros((len(points), 3, 3)), np.zeros((len(points), 3))
             for target in targets:
@@ -404,6 +412,9 @@ class Registration:
                 hold = DEPTH_HOLD * PIXELS_PER_UNIT**2 * ray
                 information += hold[:, :, None] * ray[:, None]
                 pull += hold * ((points - anchor) * ray).sum(1, keepdims=True)
+            if expected is not None:
+                information += expected[1] * PIXELS_PER_UNIT**2 * np.eye(3)
+                pull += expected[1] * PIXELS_PER_UNIT**2 * (points - expected[0])
             band, gradient = np.zeros((6 * count, self.band_width)), np.zeros(6 * count)
             arms = np.einsum("nij,nj->ni", pose.rotations[self.members], self.levers)
             add_points(band, gradient, self.starts, self.slot[self.members], arms, self.weights, information, pull)
@@ -442,6 +453,7 @@ class Registration:
             self.misses[frame] = float(np.median(np.linalg.norm(flow.uv - look.uv, axis=2)[matched])) / self.footage.unit
         targets = [flow, *self.pulls(look, frame, outliers, matched)]
         if not coarse and places is None:
+            self.targets[frame] = targets
             rigidity *= self.caution(frame)
         return self.solve(pose, targets, rigidity, places, outliers, anchor)
 
@@ -449,6 +461,28 @@ class Registration:
         """How much stiffer the surface is in a frame because the frames before missed the video: factor from 1 on."""
         misses = [miss for at, miss in self.misses.items() if at < frame]
         return float(np.clip(np.median(misses) / CLEAN_MISS, 1, MOST_CAUTION)) if misses else 1.0
+
+    def steadied(self, poses: list[Pose]) -> list[Pose]:
+        """The poses of a noisy video, fitted once more to what was matched, stiffer and with small accelerations.
+
+        The noise that `misses` tells sets both weights: a video whose matches lie within a fraction of a pixel stays as it was
+        fitted, because smoothing would only take from it. Gauss-Seidel on the sum of squared second differences.
+        """
+        frames = len(poses)
+        noise = float(np.median(list(self.misses.values()))) if self.misses else 0.0
+        if noise <= CLEAN_MISS or frames < 3:
+            return poses
+        second = np.diff(np.eye(frames), 2, axis=0)
+        coupling = second.T @ second
+        poses, points = list(poses), np.stack([self.points(pose) for pose in poses])  # [F, P, 3]
+        for _ in range(STEADY_SWEEPS):
+            for frame in range(1, frames):
+                own, beside = coupling[frame, frame], np.where(np.arange(frames) == frame, 0, coupling[frame])
+                expected = -np.tensordot(beside, points, 1) / own, STEADINESS * noise**2 * own
+                poses[frame] = self.solve(poses[frame], self.targets.get(frame, []), max(1.0, STEADY_STIFFNESS * noise**2),
+                                          expected=expected, steps=1)
+                points[frame] = self.points(poses[frame])
+        return poses
 
     def follow_flow(self, pose: Pose, frame: int, before: Look, anchor: np.ndarray | None = None) -> Pose:
         """Moves an extrapolated pose by the video's own flow since the look at the frame before."""
