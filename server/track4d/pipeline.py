@@ -16,7 +16,7 @@ from track4d_protocol.errors import InputError
 from track4d_protocol.messages import Request, Result, check_request
 from track4d_protocol.space import BACKGROUND, Similarity, canonical_similarity
 
-from .gaussians.appearance import refine_appearance, still_psnr
+from .gaussians.appearance import drawn_views, refine_appearance, still_psnr
 from .gaussians.cloud import Cloud, seed_cloud
 from .gaussians.light import fit_light, resample_sh
 from .gaussians.spherical_harmonics import rotate_sh, sh_from_colors
@@ -233,17 +233,16 @@ def check_stills(stills: np.ndarray, most: int) -> None:
 
 def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, shading: np.ndarray, quality: Preset,
                       seed: int) -> Cloud:
-    """Gaussians on the mesh's vertices and triangles, their appearance fitted to the still pictures.
+    """Gaussians on the mesh's vertices and triangles, their appearance fitted to the still pictures and to drawn ones.
 
     They start with the shaded texture, also where no picture shows them.
     """
     cloud = seed_cloud(mesh, quality.gaussians, torch.Generator().manual_seed(seed))
     corners = torch.from_numpy(np.asarray(shading, np.float32)[mesh.faces])[cloud.triangles]  # [G, 3, 3], corner then colour
     cloud.colors = (cloud.colors * (corners * cloud.barycentric[..., None]).sum(1)).clamp(0, 1)  # [G, 3]
-    alphas = torch.from_numpy(stills[..., 3].astype(np.float32) / 255)  # [V, H, W]
-    return refine_appearance(cloud, torch.from_numpy(mesh.faces), torch.from_numpy(mesh.vertices),
-                             torch.from_numpy(on_grey(stills)), alphas, torch.from_numpy(viewmats), torch.from_numpy(Ks),
-                             steps=quality.appearance_steps)
+    captured = on_grey(stills), stills[..., 3].astype(np.float32) / 255, viewmats, Ks
+    views = (np.concatenate(pair) for pair in zip(captured, drawn_views(mesh, shading, stills.shape[1])))
+    return refine_appearance(cloud, mesh.faces, mesh.vertices, *views, steps=quality.appearance_steps, seed=seed)
 
 
 def diffusion_features(footage: Footage, prompt: str, seed: int) -> torch.Tensor | None:

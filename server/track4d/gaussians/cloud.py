@@ -12,12 +12,14 @@ from torch import Tensor
 from ..geometry.mesh import Mesh, weld
 from .rasterise.dense import rotation_matrices
 
-RADIUS = 0.6  # standard deviation within the surface, in spacings: neighbours overlap without blurring the texture
+RADIUS = 0.5  # standard deviation within the surface, in spacings: neighbours overlap without blurring the texture
 RADIUS_RANGE = 0.35, 1.8  # of what the neighbours make of it, in RADIUS
 NEIGHBOURS = 6
 NEIGHBOUR_SPREAD = 0.75  # standard deviation, in spacings, of so many nearest neighbours along one axis of an even cover
 THICKNESS = 0.06  # standard deviation across the surface, in spacings
 OPACITY = 0.95
+CANDIDATES = 4  # random places per Gaussian, of which those are taken that keep their distance
+APART = 0.7  # that distance, in spacings
 
 
 @dataclass
@@ -90,7 +92,7 @@ def triangle_quats(corners: Tensor) -> Tensor:
 
 
 def seed_cloud(mesh: Mesh, count: int, generator: torch.Generator) -> Cloud:
-    """Covers a mesh with flat ellipses: one on each vertex, the rest spread over the surface in proportion to its area.
+    """Covers a mesh with flat ellipses: one on each vertex, the rest spread evenly over the surface between them.
 
     Vertices get at most half of the Gaussians (a random choice where there are more of them). Each ellipse reaches as far along
     and across its triangle's first edge as its neighbours lie apart there: less on thin parts and between many vertices.
@@ -108,17 +110,41 @@ def seed_cloud(mesh: Mesh, count: int, generator: torch.Generator) -> Cloud:
     areas = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]).norm(dim=-1) / 2  # [T]
     vertex_triangles, vertex_weights = _vertex_samples(mesh, areas.numpy())
     keep = torch.randperm(len(vertex_triangles), generator=generator)[: count // 2]
-    triangles, weights = _area_samples(areas, count - len(keep), generator)
-    triangles = torch.cat([vertex_triangles[keep], triangles])  # [G]
-    weights = torch.cat([vertex_weights[keep], weights])  # [G, 3]
+    triangles, weights = _area_samples(areas, CANDIDATES * (count - len(keep)), generator)
+    shuffled = torch.randperm(len(triangles), generator=generator)
+    triangles = torch.cat([vertex_triangles[keep], triangles[shuffled]])  # [C]
+    weights = torch.cat([vertex_weights[keep], weights[shuffled]])  # [C, 3]
+    spacing = float((areas.sum() / count).sqrt())
+    even = _spread((corners[triangles] * weights[..., None]).sum(1).numpy(), len(keep), count, APART * spacing)
+    triangles, weights = triangles[even], weights[even]  # [G], [G, 3]
 
     uvs = (weights[..., None].numpy() * mesh.uvs[triangles.numpy()]).sum(1)  # [G, 2]
     colors = torch.from_numpy(mesh.corner_colors(uvs, triangles.numpy())).clamp(0, 1)  # [G, 3]
-    spacing = float((areas.sum() / count).sqrt())
     cloud = Cloud(triangles, weights, torch.empty(count, 3), torch.full((count,), OPACITY), colors)
     (means,), (quats,) = cloud.pose(faces, torch.from_numpy(mesh.vertices).float()[None])  # [G, 3], [G, 4]
     cloud.scales = _scales(means, quats, spacing)
     return cloud
+
+
+def _spread(places: np.ndarray, fixed: int, count: int, apart: float) -> np.ndarray:
+    """Chooses `count` of the places [C, 3]: the first `fixed` ones, then what keeps its distance from everything before it.
+
+    Where that fills no more, the places follow that lie farthest from all chosen ones.
+    """
+    free = places[fixed:]
+    gone = KDTree(places[:fixed]).query(free)[0] < apart if fixed else np.zeros(len(free), bool)
+    pairs = KDTree(free).query_pairs(apart, output_type="ndarray")  # the earlier place first
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
+    ends = np.searchsorted(pairs[:, 0], np.arange(len(free) + 1))
+    for place in range(len(free)):
+        if not gone[place]:
+            gone[pairs[ends[place]:ends[place + 1], 1]] = True
+    chosen = np.concatenate([np.arange(fixed), fixed + np.nonzero(~gone)[0]])[:count]
+    others = np.setdiff1d(np.arange(fixed, len(places)), chosen)
+    if len(chosen) < count:
+        distance = KDTree(places[chosen]).query(places[others])[0]
+        chosen = np.concatenate([chosen, others[np.argsort(-distance)[:count - len(chosen)]]])
+    return chosen
 
 
 def _scales(means: Tensor, quats: Tensor, spacing: float) -> Tensor:
