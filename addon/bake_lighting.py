@@ -249,8 +249,8 @@ def _write_mesh(objects: Sequence[Any], path: Path) -> None:
     try:
         with _shining(objects):
             bpy.ops.export_scene.gltf(
-                filepath=str(path), export_format="GLB", use_selection=True, export_vertex_color="ACTIVE",
-                export_animations=False, export_all_vertex_colors=False, export_active_vertex_color_when_no_material=True,
+                filepath=str(path), export_format="GLB", use_selection=True, export_vertex_color="MATERIAL",
+                export_animations=False, export_all_vertex_colors=False,
             )  # fmt: skip
     except RuntimeError as error:
         raise InputError(
@@ -342,6 +342,8 @@ def _supervise(command: Sequence[str], log: Log) -> int:
             worker = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=words, text=True, encoding="utf-8")
             try:
                 for said in worker.stdout or ():
+                    if not said.startswith("{"):  # Blender itself prints, too
+                        continue
                     message = json.loads(said)
                     if "done" in message:  # what an earlier worker has baked this one has kept
                         made = message["done"]
