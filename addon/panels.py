@@ -315,8 +315,9 @@ def _draw_results(layout: bpy.types.UILayout, results: list[FinishedJob]) -> Non
     away = sum(job.away for job in here)
     box.label(text=f"{away} finished while you were away" if away else "Finished, not applied", icon="CHECKMARK")
     for job in here:
-        row = box.row(align=True)
+        row = box.row(align=True).split(factor=0.65, align=True)
         row.label(text=f"{', '.join(job.objects)}: {job.prompt}")
+        row = row.row(align=True)
         row.operator("track4d.apply_result", text="Apply").job_id = job.id
         row.operator("track4d.dismiss_result", text="", icon="X").job_id = job.id
     if len(results) > len(here):
