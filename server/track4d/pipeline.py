@@ -241,8 +241,9 @@ def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: 
     corners = torch.from_numpy(np.asarray(shading, np.float32)[mesh.faces])[cloud.triangles]  # [G, 3, 3], corner then colour
     cloud.colors = (cloud.colors * (corners * cloud.barycentric[..., None]).sum(1)).clamp(0, 1)  # [G, 3]
     captured = on_grey(stills), stills[..., 3].astype(np.float32) / 255, viewmats, Ks
-    views = (np.concatenate(pair) for pair in zip(captured, drawn_views(mesh, shading, stills.shape[1])))
-    return refine_appearance(cloud, mesh.faces, mesh.vertices, *views, steps=quality.appearance_steps, seed=seed)
+    drawn = drawn_views(mesh, shading, stills.shape[1])
+    pictures, alphas, viewmats, Ks = (np.concatenate(pair) for pair in zip(captured, drawn))
+    return refine_appearance(cloud, mesh.faces, mesh.vertices, pictures, alphas, viewmats, Ks, quality.appearance_steps, seed)
 
 
 def diffusion_features(footage: Footage, prompt: str, seed: int) -> torch.Tensor | None:

@@ -19,7 +19,6 @@ from track4d_protocol import space
 from ..geometry import zbuffer
 from ..geometry.mesh import Mesh
 from ..video.diffusion import BASIS_FRAMES, log_snr
-from ..video.generator import GUIDANCE as MOTION_GUIDANCE
 from ..video.generator import decode_video, encode_tracks
 from ..video.maps import surface_operator
 from ..video.sampling import ALPHA_BARS, TRAINING_STEPS, add_noise, guided
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 # Animate3D's published settings. Its code writes the guidance as cond + 5 (cond - free), which is 6 in the usual form.
 GUIDANCE = 6.0
 RESCALE = 0.25
+MOTION_GUIDANCE = 1.5  # of the motion generator, which needs less of it
 EARLIEST, LATEST = 0.02, 0.2  # range of the noise, in parts of the schedule
 
 
@@ -128,7 +128,7 @@ def motion_prior(model: MotionGenerator, mesh: Mesh, shading: np.ndarray, prompt
         mesh: canonical, at rest.
         shading: [N, 3] factor on its texture.
         prompt: a sentence; empty for what the model thinks of any motion.
-        guidance: of the motion generator, which needs less of it than the video model.
+        guidance: classifier-free guidance scale.
 
     Returns:
         a function of vertex positions [F, N, 3] at evenly spaced moments, the rest pose first; each call draws another noise

@@ -9,8 +9,8 @@ from .objects import ProceduralObject
 from .verbs import Action
 
 # Locomotion is what people ask for first, and the hardest; whole-body motions are learnt soonest.
-_OFTEN = {"walk": 3.0, "run": 3.0, "fly": 2.5, "swim": 2.5} | dict.fromkeys(("jump", "wave", "flap", "look around", "twist"), 1.3)
-_OFTEN |= dict.fromkeys(("attack", "idle", "eat", "clap", "kick", "sit"), 1.6)
+_OFTEN = {"walk": 6.0, "run": 6.0, "fly": 4.0, "swim": 3.0} | dict.fromkeys(("jump", "wave", "flap", "look around", "twist"), 1.5)
+_OFTEN |= {"idle": 2.5, "clap": 2.5} | dict.fromkeys(("attack", "eat", "kick", "sit"), 2.0)
 _SELDOM = dict.fromkeys(("bounce", "squash and stretch", "sway", "bend left", "bend right", "pulse", "shake"), 0.7)
 _SHARES = np.array([(_OFTEN | _SELDOM).get(name, 1.0) for name in VERB_NAMES])
 _SHARES /= _SHARES.sum()

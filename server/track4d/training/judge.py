@@ -13,7 +13,7 @@ from ..geometry.mesh import Mesh
 from ..video.diffusion import BASIS_FRAMES, frame_times
 from ..video.generator import GUIDANCE, STEPS, MotionGenerator
 from ..video.text import VERBS
-from .actions import draw_action, suits
+from .actions import SIDED, draw_action, suits
 from .objects import ProceduralObject, make_object
 from .verbs import Action, animate
 
@@ -30,7 +30,8 @@ class Trial:
 
     Attributes:
         truth: [F, N, 3].
-        references: per verb, its video at nominal amplitude and speed.
+        references: per verb, its video at nominal amplitude and speed, and that of its mirror image where it has two sides: who
+            waves the other hand waves too.
     """
 
     thing: ProceduralObject
@@ -39,7 +40,7 @@ class Trial:
     action: Action
     prompt: str
     truth: np.ndarray
-    references: list[np.ndarray]
+    references: list[list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,21 @@ def make_trial(seed: int, verb: int, index: int = 0) -> Trial:
         thing = make_object(rng)
     action, _, _ = draw_action(rng, verb, plain=True)
     mesh, views = capture(thing)
-    references = [video(thing, mesh, animate(thing, Action(other), _TIMES)) for other in range(len(VERBS))]
+    references = [[video(thing, mesh, animate(thing, Action(other, side=side), _TIMES)) for side in _sides(other)]
+                  for other in range(len(VERBS))]
     prompt = f"the {thing.plan} {VERBS[verb].phrases[0]}"
     return Trial(thing, mesh, views, action, prompt, animate(thing, action, _TIMES), references)
+
+
+def _sides(verb: int) -> tuple[int, ...]:
+    return (1, -1) if VERBS[verb].name in SIDED | {"walk", "run"} else (1,)  # with the left or with the right foot first
 
 
 def judge(trial: Trial, tracks: np.ndarray, seconds: float = 0.0) -> Score:
     """Scores vertex tracks [F, N, 3]; the verb is that of the nearest reference video."""
     seen = video(trial.thing, trial.mesh, tracks)
     truth = video(trial.thing, trial.mesh, trial.truth)
-    verb = int(np.argmin([((seen - reference) ** 2).sum() for reference in trial.references]))
+    verb = int(np.argmin([min(((seen - one) ** 2).sum() for one in references) for references in trial.references]))
     error = np.linalg.norm(tracks - trial.truth, axis=-1)[1:].mean()
     overlap = np.minimum(seen[1:, ..., 3], truth[1:, ..., 3]).sum() / np.maximum(seen[1:, ..., 3], truth[1:, ..., 3]).sum()
     inside = np.maximum(seen[..., 3], truth[..., 3]) > 0.05

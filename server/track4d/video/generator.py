@@ -21,9 +21,13 @@ from . import text
 from .diffusion import BASIS_FRAMES, COEFFICIENTS, LATENT_SCALE, frame_times, sample, temporal_basis
 from .maps import condition, shrink, surface_maps
 from .motion_unet import MotionUNet, UNetConfig
+from .sampling import guided
 
 WEIGHTS = Path(__file__).parent / "weights" / "motion.safetensors"
-GUIDANCE = 1.5  # classifier-free guidance: 1 is without, and half the work; more exaggerates the motion
+GUIDANCE = 3.0  # classifier-free guidance: 1 is without, and half the work; more exaggerates the motion
+# The last steps go without guidance, which would do nothing there but make the motion larger than it should be
+# (Kynkaanniemi et al. 2024, guidance in a limited interval).
+GUIDED_ABOVE = 0.1  # noise level
 STEPS = 25
 
 
@@ -163,7 +167,7 @@ class MotionGenerator:
         return self.network(noisy, seen, noise_level, tokens), self.network(noisy, seen, noise_level, tokens, free)
 
     def denoise(
-        self, noisy: torch.Tensor, noise_level: float, prompt: str, seen: torch.Tensor, guidance: float = GUIDANCE
+        self, noisy: torch.Tensor, noise_level: float, prompt: str, seen: torch.Tensor, guidance: float = 1.0
     ) -> torch.Tensor:
         """z0_hat of 4D-SDS in displacement space (Track4DGen, Eq. 11), with gradient towards `noisy` where it has one.
 
@@ -182,8 +186,7 @@ class MotionGenerator:
         tokens = torch.tensor([text.tokenise(prompt)]).expand(len(noisy), -1)
         if guidance == 1:
             return self.network(noisy, seen, level, tokens)
-        conditional, free = self.predictions(noisy, seen, level, tokens)
-        return free + guidance * (conditional - free)
+        return guided(*self.predictions(noisy, seen, level, tokens), guidance)
 
     def sample(
         self, seen: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor, steps: int, guidance: float, on_step=None
@@ -191,10 +194,9 @@ class MotionGenerator:
         """Latents [B, V, 3 K, R, R] for conditions [B, V, 8, R, R] and sentences [B, MAX_TOKENS]."""
 
         def clean(latent: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-            if guidance == 1:
+            if guidance == 1 or float(level[0]) < GUIDED_ABOVE:
                 return self.network(latent, seen, level, tokens)
-            conditional, free = self.predictions(latent, seen, level, tokens)
-            return free + guidance * (conditional - free)
+            return guided(*self.predictions(latent, seen, level, tokens), guidance)
 
         return sample(clean, noise, steps, on_step)
 
