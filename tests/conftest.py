@@ -3,8 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import track4d  # noqa: F401  # before torch: it lets idle threads sleep
+
+hypothesis.settings.register_profile("shared", deadline=None)  # machines that run tests are busy with other things too
+hypothesis.settings.load_profile("shared")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
