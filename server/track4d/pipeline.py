@@ -32,7 +32,7 @@ from .motion.refine import object_pictures, refine_motion
 from .motion.sds import motion_prior
 from .presets import FITTED_FRAMES, PRESETS, Preset
 from .progress import JobReport, Report
-from .video.generator import MotionGenerator, decode_video
+from .video.generator import STEPS, MotionGenerator, decode_video
 from .video.text import count_tokens, length_warnings
 
 # What a job takes at its peak, measured; bytes. The registration plans its own share (`fit.check_memory`).
@@ -77,14 +77,14 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
             stills = arrays["views"]  # [V, H, W, 4]
             check_stills(stills, len(generator.network.view))
             generated = generator.generate(mesh, stills, viewmats, Ks, settings.prompt, frames=FITTED_FRAMES,
-                                           steps=quality.sampling_steps, seed=settings.seed, report=report)
+                                           seed=settings.seed, report=report)
             wanted = directed(generated.tracks, settings.strength, settings.loop, settings.keep_root, pin)  # [F, N, 3]
             shading = estimate_shading(mesh, stills, viewmats, Ks)
             filming = stepped_back(viewmats, wanted)
             video = decode_video(mesh, wanted, filming, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
             footage = read_footage(video, filming, Ks)
             tracks = Tracks3D(wanted, generated.confidence)
-            report("generate", quality.sampling_steps, quality.sampling_steps, moving_grid(video), similarity.invert(wanted))
+            report("generate", STEPS, STEPS, moving_grid(video), similarity.invert(wanted))
         video_Ks = Ks
     else:
         video, tracks, filming, video_Ks = arrays["video"], None, viewmats, Ks

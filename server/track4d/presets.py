@@ -16,7 +16,6 @@ class Preset:
     """What one quality setting spends.
 
     Attributes:
-        sampling_steps: denoising steps of the generator.
         fit: settings of the registration.
         gaussians: how many Gaussians cover the surface.
         appearance_steps: Adam steps for their colour, scale and opacity.
@@ -26,7 +25,6 @@ class Preset:
         paper: where given, the paper's own recipe finds the motion instead of registration and refinement.
     """
 
-    sampling_steps: int
     fit: FitPreset
     gaussians: int
     appearance_steps: int
@@ -39,11 +37,11 @@ class Preset:
 
 # The names that `track4d_protocol.messages.PRESETS` lets in.
 PRESETS = {
-    "fast": Preset(sampling_steps=8, fit=FAST, gaussians=5_000, appearance_steps=40, refine=RefinePreset(rounds=0),
+    "fast": Preset(fit=FAST, gaussians=5_000, appearance_steps=40, refine=RefinePreset(rounds=0),
                    sh_terms=1, color_steps=0),
-    "default": Preset(sampling_steps=25, fit=DEFAULT, gaussians=20_000, appearance_steps=80, refine=RefinePreset()),
-    "fine": Preset(sampling_steps=50, fit=DEFAULT, gaussians=20_000, appearance_steps=160,
+    "default": Preset(fit=DEFAULT, gaussians=20_000, appearance_steps=80, refine=RefinePreset()),
+    "fine": Preset(fit=DEFAULT, gaussians=20_000, appearance_steps=160,
                    refine=RefinePreset(rounds=6, steps=80), sh_degree=1, sh_terms=8, color_steps=200),
-    "paper": Preset(sampling_steps=25, fit=DEFAULT, gaussians=20_000, appearance_steps=80, refine=RefinePreset(rounds=0),
+    "paper": Preset(fit=DEFAULT, gaussians=20_000, appearance_steps=80, refine=RefinePreset(rounds=0),
                     paper=PAPER),
 }

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from track4d.plan import live_bytes, plan
+from track4d.video.features import FEATURE_UNET
 from track4d.video.unet import MultiViewUNet, UNetConfig
 from typer.testing import CliRunner
 
@@ -52,6 +53,7 @@ def test_operations_of_the_published_size():
 MEMORY = """
 import sys, torch
 from track4d.plan import measure
+from track4d.video.features import FEATURE_UNET
 from track4d.video.unet import MultiViewUNet, UNetConfig
 
 def resident(field):
@@ -103,7 +105,7 @@ def test_command_prints_both_sizes():
     result = CliRunner().invoke(app, ["doctor", "--plan", "--views", "2", "--frames", "4"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "1,526,201,582" in result.output and "2 x 4 x 256 px" in result.output and "2 x 4 x 64 px" in result.output
-    assert f"{2 * plan(SMALL, 2, 4, 64, 64).flops / 1e12:.3f}" in result.output
+    assert f"{2 * plan(FEATURE_UNET, 2, 4, 64, 64).flops / 1e12:.3f}" in result.output
 
 
 @pytest.mark.parametrize("arguments, code", [(["--frames", "65"], "too_many_frames"),
