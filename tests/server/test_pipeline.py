@@ -87,6 +87,19 @@ def test_same_seed_same_motion(capsule, result) -> None:
     assert np.abs(other - again).max() > 1e-3
 
 
+def test_a_mesh_larger_than_the_fit_works_with_moves_whole() -> None:
+    """40,000 vertices: registered on a proxy, and every vertex of the user's mesh comes back."""
+    ball = trimesh.creation.icosphere(subdivisions=6)
+    vertices = ball.vertices * (1, 1, 2) + 4
+    moving = run(request(vertices, ball.faces, frames=3), silent).arrays["vertices"]
+    assert moving.shape == (3, 40962, 3)
+    np.testing.assert_allclose(moving[0], vertices, atol=1e-3)
+    assert np.linalg.norm(moving[2] - moving[0], axis=-1).max() > 0.1
+    edges = ball.edges_unique
+    lengths = np.linalg.norm(moving[:, edges[:, 0]] - moving[:, edges[:, 1]], axis=-1)
+    assert np.quantile(lengths / lengths[0], 0.99) < 1.6  # nothing tears between the proxy's pieces
+
+
 def test_unknown_motion_is_a_warning_that_lists_the_known_ones(capsule) -> None:
     report = run(request(*capsule, prompt="the capsule is pondering"), silent).report
     (warning,) = report["warnings"]
