@@ -1,4 +1,4 @@
-"""The command line: `track4d animate`, `fit`, `serve`, `doctor`, `train`."""
+"""The command line `track4d`: every command, and the Blender client that `animate` and `fit` start."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Outputs = Annotated[list[Path], typer.Option(
 Home = Annotated[Path | None, typer.Option(help="Folder of the server's jobs and keys.")]
 Frames = Annotated[int, typer.Option(help="Frames of the result.")]
 Seed = Annotated[int, typer.Option(help="Another seed, another motion.")]
-PresetName = Annotated[str, typer.Option("--preset", help="fast or default.")]
+PresetName = Annotated[str, typer.Option("--preset", help="fast, default, fine or paper.")]
 Front = Annotated[str, typer.Option(help="The axis that the object faces: -Y, +Y, +X or -X.")]
 Strength = Annotated[float, typer.Option(min=0.0, help="How far the motion goes: 0 stands still, 1 is as imagined.")]
 Loop = Annotated[bool, typer.Option("--loop", help="The last frame is the first one again.")]

@@ -45,7 +45,9 @@ def test_control_c_takes_the_job_back(tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "out.glb"
     model = Path(__file__).resolve().parents[2] / "examples" / "sunflower.glb"
     command = [sys.executable, "-m", "track4d", "animate", str(model), "--prompt=it sways", f"--out={out}", f"--home={home}"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore Ctrl-C, and so would their children: here it is as in a terminal.
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         deadline = time.monotonic() + 90
         while not list(home.glob("jobs/*")) and time.monotonic() < deadline:
