@@ -29,7 +29,7 @@ def test_cancel_leaves_every_data_block_as_it_was_at_every_moment(blender, serve
 
 def test_the_shown_motion_never_stays(blender, server, tmp_path):
     answer = blender("motion_among_the_users_own", script=SCRIPT, connection=server.connection, blend=tmp_path / "auto.blend")
-    assert answer["shown"] and answer["moved"] > 0.02 and answer["edited"]
+    assert answer["shown"] and answer["moves"] and answer["edited"]
     assert answer["automatic"], "the file that is opened again was saved with the key"
     assert answer["duplicate"] == ["Basis", "smile"] and answer["same"] == [] and answer["opened"] == ["Basis", "smile"]
 

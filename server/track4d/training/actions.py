@@ -9,8 +9,9 @@ from .objects import ProceduralObject
 from .verbs import Action
 
 # Locomotion is what people ask for first, and the hardest; whole-body motions are learnt soonest.
-_OFTEN = {"walk": 6.0, "run": 6.0, "fly": 4.0, "swim": 3.0} | dict.fromkeys(("jump", "wave", "flap", "look around", "twist"), 1.5)
-_OFTEN |= {"idle": 2.5, "clap": 2.5} | dict.fromkeys(("attack", "eat", "kick", "sit"), 2.0)
+_OFTEN = {"walk": 7.0, "run": 6.0, "fly": 4.0, "swim": 3.5} | dict.fromkeys(("wag the tail", "wave", "flap"), 2.0)
+_OFTEN |= dict.fromkeys(("jump", "look around", "twist", "dance"), 1.5)
+_OFTEN |= {"idle": 2.0, "clap": 2.0} | dict.fromkeys(("attack", "eat", "kick", "sit"), 1.5)
 _SELDOM = dict.fromkeys(("bounce", "squash and stretch", "sway", "bend left", "bend right", "pulse", "shake"), 0.7)
 _SHARES = np.array([(_OFTEN | _SELDOM).get(name, 1.0) for name in VERB_NAMES])
 _SHARES /= _SHARES.sum()
