@@ -56,6 +56,10 @@ class Server:
         """How many times a worker began a job with this prompt."""
         return self.marker.read_text().splitlines().count(prompt) if self.marker.exists() else 0
 
+    def open(self, name: str) -> None:
+        """Lets jobs with the prompt "until NAME" end."""
+        self.marker.with_name(name).touch()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()

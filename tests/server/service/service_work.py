@@ -24,7 +24,7 @@ def run(request, report, checkpoint) -> Result:
     if what == "resume":
         resume(checkpoint)
     else:
-        {"quick": quick, "sleep": sleep, "ignore": ignore, "fail": fail, "die": die}[what](report, *words)
+        {"quick": quick, "sleep": sleep, "until": until, "ignore": ignore, "fail": fail, "die": die}[what](report, *words)
     report("done", 1, 1, PREVIEW)
     if what == "quick" and words:
         return Result({}, {"vertices": np.zeros((16, int(words[0]), 3), np.float32)})
@@ -41,6 +41,15 @@ def sleep(report, seconds) -> None:
     for step in range(steps):
         report("sleep", step, steps, PREVIEW if step % 10 == 0 else None)
         time.sleep(0.05)
+
+
+def until(report, name) -> None:
+    """Goes on until the test opens this gate."""
+    step = 0
+    while not MARKER.with_name(name).exists():
+        report("until", step, 1000, PREVIEW)
+        time.sleep(0.05)
+        step += 1
 
 
 def ignore(report) -> None:

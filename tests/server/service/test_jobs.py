@@ -28,19 +28,25 @@ def test_hello_names_versions_limits_and_device(client, service):
     assert hello["limits"]["vertices"] == 1_000_000
 
 
-def test_a_job_brings_progress_a_preview_and_its_result(client, service):
-    job_id, seen = submit(service, client, "sleep 0.6", frames=5), []
+def test_a_job_brings_progress_a_preview_and_its_result(client, server, service):
+    job_id, seen = submit(service, client, "until watched", frames=5), []
+    client.watch(job_id)
+
+    def steps() -> list[int]:
+        return [update.step for update in seen if update.stage == "until"]
+
+    service.wait_for(lambda: seen.extend(client.poll(0.5)) or len(steps()) >= 3)
+    server.open("watched")
     job = service.finish(client, job_id, seen)
-    assert job.state is JobState.DONE and job.objects == ["triangle"] and job.prompt == "sleep 0.6"
-    steps = [update.step for update in seen if update.stage == "sleep"]
-    assert steps == sorted(steps) and len(steps) >= 3
+    assert job.state is JobState.DONE and job.objects == ["triangle"] and job.prompt == "until watched"
+    assert steps() == sorted(steps())
     assert any(update.preview is not None and (update.preview == 7).all() for update in seen)
     result = client.fetch(job_id)
     expected = np.eye(3, dtype=np.float32)[None] + np.arange(5, dtype=np.float32)[:, None, None]
     np.testing.assert_array_equal(result.arrays["vertices"], expected)
     assert result.arrays["vertices"].flags.writeable
-    assert result.report["prompt"] == "sleep 0.6"
-    assert result.report["peak_memory_bytes"] > 10e6 and result.report["run_seconds"] > 0.5
+    assert result.report["prompt"] == "until watched"
+    assert result.report["peak_memory_bytes"] > 10e6 and result.report["run_seconds"] > 0.1
     assert result.report["queued_seconds"] >= 0
 
 
@@ -61,9 +67,10 @@ def test_the_same_id_is_the_same_job_and_runs_once(client, server, service, new_
 
 
 def test_jobs_wait_in_order_and_a_waiting_one_is_cancelled_at_once(client, server, service):
-    first, second, third = (submit(service, client, f"sleep {seconds}") for seconds in (1.0, 0.111, 0.122))
+    first, second, third = (submit(service, client, prompt) for prompt in ("until cancelled", "sleep 0.111", "sleep 0.122"))
     assert client.watch(second).queue_position in (1, 2)
     assert client.cancel(second).state is JobState.CANCELLED
+    server.open("cancelled")
     assert service.finish(client, third).state is JobState.DONE
     states = {job.id: job.state for job in client.jobs()}
     assert states[first] is JobState.DONE and states[second] is JobState.CANCELLED

@@ -16,19 +16,20 @@ from track4d_protocol.messages import JobState
 
 def test_a_killed_server_finishes_its_job_after_the_restart(own_server, service, new_id):
     client = own_server.start().client()
-    client.submit(new_id, service.make_request("sleep 0.8"))
+    client.submit(new_id, service.make_request("until killed"))
     waiting = service.new_id()
     client.submit(waiting, service.make_request("quick"))
-    service.running(client, new_id, "sleep")
+    service.running(client, new_id, "until")
     worker = own_server.worker()
     own_server.kill()
+    own_server.open("killed")
     service.wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
     later = own_server.start().client()
     assert [job.id for job in later.jobs()] == [new_id, waiting]
     assert service.finish(later, new_id).state is JobState.DONE
     assert later.fetch(new_id).arrays["vertices"].shape == (16, 3, 3)
     assert service.finish(later, waiting).state is JobState.DONE
-    assert own_server.runs("sleep 0.8") == 2 and own_server.runs("quick") == 1
+    assert own_server.runs("until killed") == 2 and own_server.runs("quick") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can handle")
@@ -38,7 +39,7 @@ def test_a_stopped_server_leaves_nothing_behind_and_goes_on_later(own_server, se
     service.running(client, new_id, "sleep")
     worker = own_server.worker()
     own_server.process.send_signal(signal.SIGTERM)
-    assert own_server.process.wait(20) == 0
+    assert own_server.process.wait(60) == 0
     assert not worker.is_running() and not own_server.connection_file.exists()
     later = own_server.start().client()
     assert service.finish(later, new_id).state is JobState.DONE
@@ -77,9 +78,10 @@ def test_a_disk_that_fills_up_neither_ends_the_server_nor_loses_the_job(own_serv
     import resource
 
     client = own_server.start().client()
-    client.submit(new_id, service.make_request("sleep 1.1"))
-    service.running(client, new_id, "sleep")
+    client.submit(new_id, service.make_request("until full"))
+    service.running(client, new_id, "until")
     before = resource.prlimit(own_server.process.pid, resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+    own_server.open("full")
     service.wait_for(lambda: "can't be kept yet" in (own_server.home / "server.log").read_text())
     assert client.watch(new_id).state is JobState.RUNNING  # nothing is said to be done that isn't kept
     resource.prlimit(own_server.process.pid, resource.RLIMIT_FSIZE, before)
@@ -151,9 +153,9 @@ class TestStore:
 
 
 def test_a_server_that_nobody_needs_ends_but_not_while_a_job_waits(own_server, service, new_id):
-    client = own_server.start(idle=1.0).client()
+    client = own_server.start(idle=2.0).client()
     client.submit(new_id, service.make_request("sleep 2.5"))
     client.close()  # nobody watches: the job alone keeps the server
-    own_server.process.wait(30)
+    own_server.process.wait(60)
     assert not own_server.connection_file.exists()
     assert Store(own_server.home).get(new_id).state is JobState.DONE
