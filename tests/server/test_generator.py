@@ -9,7 +9,7 @@ from track4d.training.objects import make_object
 from track4d.video.diffusion import add_noise
 from track4d.video.generator import MotionGenerator, decode_video, encode_tracks, lift
 from track4d.video.maps import surface_maps, surface_operator
-from track4d.video.text import VERB_NAMES
+from track4d.video.text import VERB_NAMES, tokenise
 from track4d_protocol import space
 from track4d_protocol.errors import Cancelled, InputError
 
@@ -36,6 +36,17 @@ def test_same_seed_same_motion(generator, dog):
     first, again, other = (generate(generator, dog, seed=seed).tracks for seed in (7, 7, 8))
     assert np.array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4
+
+
+def test_the_network_doubts_a_motion_under_another_sentence(generator, dog):
+    """What `generate` chooses its answer by: true motions are likelier under their own sentence than under another."""
+    grid, names = generator.network.config.grid, ("running", "nodding", "bouncing", "spinning")
+    batch = torch.tensor([tokenise(f"the dog is {name}") for name in names])
+    seen = generator.observe(*dog, VIEWMATS, KS)[0].expand(len(names), -1, -1, -1, -1)
+    noise = torch.randn(len(names), 4, generator.network.config.latent, grid, grid, generator=torch.Generator().manual_seed(3))
+    latents = generator.sample(seen, batch, noise, 4, 1.0)
+    doubts = torch.stack([generator.doubt(latents, seen, batch.roll(turn, 0)) for turn in range(len(names))])
+    assert (doubts[0] < doubts[1:]).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("frames", [2, 8, 16, 33])

@@ -18,7 +18,7 @@ from ..geometry import zbuffer
 from ..geometry.mesh import Mesh, weld
 from ..progress import Report, silent
 from . import text
-from .diffusion import BASIS_FRAMES, COEFFICIENTS, LATENT_SCALE, frame_times, sample, temporal_basis
+from .diffusion import BASIS_FRAMES, COEFFICIENTS, LATENT_SCALE, add_noise, frame_times, sample, temporal_basis
 from .maps import condition, shrink, surface_maps
 from .motion_unet import MotionUNet, UNetConfig
 from .sampling import guided
@@ -29,6 +29,8 @@ GUIDANCE = 3.0  # classifier-free guidance: 1 is without, and half the work; mor
 # (Kynkaanniemi et al. 2024, guidance in a limited interval).
 GUIDED_ABOVE = 0.1  # noise level; where steps are few, the last one at least
 STEPS = 8  # more are no better: what a sentence asks of a mesh leaves little to chance (weights/motion.md)
+CANDIDATES = 4  # drawn for every answer, of which the likeliest is given
+DOUBT_LEVEL = 0.85  # noise level at which candidates are compared: where the kind of motion is decided
 
 
 @dataclass
@@ -110,7 +112,7 @@ class MotionGenerator:
         seed: int = 0,
         report: Report = silent,
     ) -> GeneratedMotion:
-        """Makes up a motion; the same seed gives the same one.
+        """Makes up a motion, the likeliest of `CANDIDATES`; the same seed gives the same one.
 
         Args:
             mesh: at rest, canonical space.
@@ -125,11 +127,13 @@ class MotionGenerator:
         """
         grid = self.network.config.grid
         seen, maps, coverage = self.observe(mesh, views, viewmats, Ks)
-        noise = torch.randn(1, len(views), self.network.config.latent, grid, grid, generator=torch.Generator().manual_seed(seed))
-        tokens = torch.tensor([text.tokenise(prompt)])
-        latent = self.sample(seen, tokens, noise, steps, guidance, lambda step: report("generate", step, steps))
+        shape = (CANDIDATES, len(views), self.network.config.latent, grid, grid)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        seen, tokens = seen.expand(CANDIDATES, -1, -1, -1, -1), torch.tensor([text.tokenise(prompt)] * CANDIDATES)
+        latents = self.sample(seen, tokens, noise, steps, guidance, lambda step: report("generate", step, steps))
+        latent = latents[self.doubt(latents, seen, tokens).argmin()]
         report("generate", steps, steps)
-        coefficients = latent[0].numpy().reshape(len(views), COEFFICIENTS, 3, grid, grid) / LATENT_SCALE
+        coefficients = latent.numpy().reshape(len(views), COEFFICIENTS, 3, grid, grid) / LATENT_SCALE
         mask = coverage > 0
         coefficients *= mask[:, None, None]
         basis = temporal_basis(frame_times(frames)).numpy()  # [F, K]
@@ -165,6 +169,23 @@ class MotionGenerator:
         """
         free = torch.ones(len(noisy), dtype=torch.bool, device=noisy.device)
         return self.network(noisy, seen, noise_level, tokens), self.network(noisy, seen, noise_level, tokens, free)
+
+    @torch.no_grad()
+    def doubt(self, latents: torch.Tensor, seen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """How badly the network explains each motion, given the object and the sentence: its training loss there, [B].
+
+        A bound on the likelihood (Ho et al. 2020, Eq. 5) at a single noise level, with the same noise for all.
+
+        Args:
+            latents: [B, V, 3 K, R, R] clean.
+            seen: [B, V, 8, R, R] from `observe`.
+            tokens: [B, MAX_TOKENS] int64.
+        """
+        mask = seen[:, :, 7:] > 0
+        noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).expand_as(latents)
+        level = torch.full((len(latents),), DOUBT_LEVEL)
+        clean = self.network(add_noise(latents, noise, level), seen, level, tokens)
+        return ((clean - latents) * mask).flatten(1).square().sum(1) / (latents * mask).flatten(1).norm(dim=1).clamp(min=1e-6)
 
     def denoise(
         self, noisy: torch.Tensor, noise_level: float, prompt: str, seen: torch.Tensor, guidance: float = 1.0
