@@ -24,7 +24,7 @@ from track4d_protocol import __version__
 from track4d_protocol.client import Client
 from track4d_protocol.errors import Cancelled, InputError, Track4DError, TransportError, error_from_dict
 from track4d_protocol.local import ensure_server
-from track4d_protocol.messages import PRESETS, Job, JobState, Request, Result, Settings
+from track4d_protocol.messages import MODELS, PRESETS, Job, JobState, Request, Result, Settings
 from track4d_protocol.space import FRONTS
 
 from .files import SPLATS, Staging, check_readable, check_writable, suffix
@@ -114,6 +114,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("file", type=Path, help="the objects")
         if task == "animate":
             command.add_argument("--prompt", required=True, help='what happens, such as "the fox is running"')
+            command.add_argument("--model", default="motion", choices=MODELS, help="what imagines the motion")
         else:
             command.add_argument("--video", type=Path, required=True, help="folder with view_0/, view_1/, ... and cameras.json")
         command.add_argument("--out", type=Path, action="append", required=True, help="file to write; may be given several times")
@@ -187,6 +188,7 @@ def _run(options: argparse.Namespace, session: Session) -> None:
         preset=options.preset,
         front=options.front,
         task=options.task,
+        model=getattr(options, "model", "motion"),
         strength=options.strength,
         loop=options.loop,
         keep_root=options.keep_root,

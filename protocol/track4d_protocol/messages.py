@@ -17,6 +17,7 @@ PRESETS = ("fast", "default", "fine", "paper")
 STRONGEST = 3.0
 GLIMPSES = ("preview", "motion", "motion_points")  # what a running job shows, as arrays
 TASKS = ("animate", "fit")  # from a prompt | from a video that the request brings
+MODELS = ("motion", "published")  # the generator that ships | the multi-view video model, whose weights a user downloads
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Settings:
         preset: one of `PRESETS`.
         front: the world axis the object faces, one of `space.FRONTS`.
         task: one of `TASKS`.
+        model: one of `MODELS`; what imagines the motion, for the task "animate".
         strength: factor on the motion, 0 to `STRONGEST`.
         loop: the last frame shall be the first one.
         keep_root: the object stays where it is and moves on the spot.
@@ -41,6 +43,7 @@ class Settings:
     preset: str = "default"
     front: str = "-Y"
     task: str = "animate"
+    model: str = "motion"
     strength: float = 1.0
     loop: bool = False
     keep_root: bool = False
@@ -222,6 +225,8 @@ def _check_settings(settings: Settings, objects: list[str], limits: Limits) -> N
                          f"Use one of {', '.join(PRESETS)}.")
     if settings.task not in TASKS:
         raise InputError("bad_settings", f"The task '{settings.task}' is not known.", f"Use one of {', '.join(TASKS)}.")
+    if settings.model not in MODELS:
+        raise InputError("bad_settings", f"The model '{settings.model}' is not known.", f"Use one of {', '.join(MODELS)}.")
     if settings.front not in FRONTS:
         raise InputError("bad_front", f"The front axis '{settings.front}' is not known.",
                          f"Use one of {', '.join(FRONTS)}.")

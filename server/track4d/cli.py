@@ -53,17 +53,19 @@ Strength = Annotated[float, typer.Option(min=0.0, help="How far the motion goes:
 Loop = Annotated[bool, typer.Option("--loop", help="The last frame is the first one again.")]
 KeepRoot = Annotated[bool, typer.Option("--keep-root", help="The object doesn't travel, it moves on the spot.")]
 Pin = Annotated[str, typer.Option(metavar="GROUP", help="A vertex group that stays still, fully where its weight is 1.")]
+Model = Annotated[str, typer.Option(help="motion, which ships, or published: Animate3D's weights, which you download "
+                                         "(docs/multiview_video.md); hours on a CPU.")]
 Extra = Annotated[Path | None, typer.Option()]
 Normals = Annotated[bool, typer.Option("--morph-normals", help="Normals of the morph targets too, in .glb and .gltf.")]
 
 
 @app.command()
 def animate(mesh: Path, out: Outputs, prompt: Annotated[str, typer.Option(help='What it does, such as "the fox is running".')],
-            seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", strength: Strength = 1.0,
-            loop: Loop = False, keep_root: KeepRoot = False, pin: Pin = "", home: Home = None,
+            model: Model = "motion", seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y",
+            strength: Strength = 1.0, loop: Loop = False, keep_root: KeepRoot = False, pin: Pin = "", home: Home = None,
             preview: Extra = None, sheet: Extra = None, report: Extra = None, morph_normals: Normals = False) -> None:
     """Animate the mesh of a file by a sentence."""
-    what = ["--prompt", prompt, *direction(strength, loop, keep_root, pin)]
+    what = ["--prompt", prompt, "--model", model, *direction(strength, loop, keep_root, pin)]
     blender_client("animate", mesh, what, out, (seed, frames, preset, front), home, preview, sheet, report, morph_normals)
 
 

@@ -21,18 +21,20 @@ from .gaussians.cloud import Cloud, seed_cloud
 from .gaussians.light import fit_light, resample_sh
 from .gaussians.spherical_harmonics import rotate_sh, sh_from_colors
 from .geometry.mesh import Mesh, check_mesh
-from .geometry.zbuffer import over, render
+from .geometry.zbuffer import over, render, scale_intrinsics
 from .motion.appearance import estimate_shading
 from .motion.direction import directed
 from .motion.field import quaternion_product
 from .motion.fit import Tracks3D, fit_motion
-from .motion.footage import WORKING_SIZE, Footage, read_footage
+from .motion.footage import MOST_VIEWS, WORKING_SIZE, Footage, read_footage
 from .motion.reconstruct import reconstruct_motion
 from .motion.refine import object_pictures, refine_motion
-from .motion.sds import motion_prior
+from .motion.sds import motion_prior, video_prior
 from .presets import FITTED_FRAMES, PRESETS, Preset
 from .progress import JobReport, Report
+from .video.checkpoints import open_published
 from .video.generator import STEPS, MotionGenerator, decode_video
+from .video.multiview_video import MultiViewVideo, fitted, on_background
 from .video.text import count_tokens, length_warnings
 
 # What a job takes at its peak, measured; bytes. The registration plans its own share (`fit.check_memory`).
@@ -40,6 +42,7 @@ PIXEL_BYTES = 48  # of the video at the size the fit works with: its footage, an
 DRAWN_BYTES = 24  # of a video that is drawn: RGBA in float32 and in bytes
 GAUSSIAN_BYTES, VERTEX_BYTES = 64, 36  # of each in each frame of the result
 FILMED = 8  # frames drawn at a time: all of a long film in float32 would take gigabytes
+MODEL_TITLES = {"motion": "Track4D motion, shipped weights", "published": "MV-VDM, published weights"}
 PINNED = 0.5  # vertices held more than this keep their shape while the motion is refined
 
 
@@ -70,7 +73,18 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
         Ks = np.asarray(arrays["Ks"], np.float32)  # [V, 3, 3]
         pin = arrays.get("pin")  # [N]
 
-    if settings.task == "animate":
+    painter = None  # the multi-view video model, where it is asked for
+    if settings.task == "animate" and settings.model == "published":
+        with clock("generate"):  # Stage One
+            painter, licences = open_published()
+            warnings += [*painter.prompt_warnings(settings.prompt), *licence_warnings(licences)]
+            stills = arrays["views"]  # [V, H, W, 4]
+            check_stills(stills, MOST_VIEWS)
+            video = painted(painter, stills, viewmats, settings.prompt, settings.seed, report)  # [V, F, S, S, 4]
+            tracks, filming, video_Ks = None, viewmats, scale_intrinsics(Ks, video.shape[2] / stills.shape[1])
+            footage = painted_footage(video, filming, video_Ks)
+            shading = estimate_shading(mesh, stills, viewmats, Ks)
+    elif settings.task == "animate":
         with clock("generate"):  # Stage One
             generator = shipped_generator()
             warnings += word_warnings(generator, settings.prompt)
@@ -103,12 +117,17 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
             warnings += field.warnings
         else:
             features = diffusion_features(footage, settings.prompt, settings.seed)
-            prior = motion_prior(shipped_generator(), mesh, shading, settings.prompt)
-            found = reconstruct_motion(mesh, cloud, footage, quality.paper, features, motion_prior=prior, seed=settings.seed,
-                                       checkpoint=checkpoint, report=report)
+            of_video = of_motion = None
+            if painter is None:
+                of_motion = motion_prior(shipped_generator(), mesh, shading, settings.prompt)
+            else:
+                rest, _ = fitted(stills, painter.size, painter.cell)  # [V, 4, S, S]
+                of_video = video_prior(painter, settings.prompt, torch.from_numpy(viewmats), rest)
+            found = reconstruct_motion(mesh, cloud, footage, quality.paper, features, video_prior=of_video,
+                                       motion_prior=of_motion, seed=settings.seed, checkpoint=checkpoint, report=report)
             field, sh = found.field, found.coefficients
         report("fit", 1, 1, motion=similarity.invert(field.vertices))
-    if tracks is None and quality.paper is None:  # the generator's video shows its tracks and nothing else: no more to be learnt
+    if tracks is None and quality.paper is None:  # a video of tracks shows these and nothing else: no more to be learnt
         with clock("refine"):
             refining = quality.refine.rounds * quality.refine.steps > 0
             features = diffusion_features(footage, settings.prompt, settings.seed) if refining else None
@@ -121,7 +140,7 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
                                       settings.seed, report=report)
 
     with clock("sample"):
-        strength = settings.strength if settings.task == "fit" else 1.0  # a generated motion has it already
+        strength = settings.strength if tracks is None else 1.0  # tracks have it already
         vertices = field.sample(np.linspace(-1, 1, settings.frames))  # [F, N, 3]
         vertices = directed(vertices, strength, settings.loop, settings.keep_root, pin)
         means, quats = cloud.pose(torch.from_numpy(mesh.faces), torch.from_numpy(vertices))  # [F, G, 3], [F, G, 4]
@@ -130,7 +149,8 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
     return Result(
         report={
             "version": __version__, "task": settings.task, "prompt": settings.prompt, "seed": settings.seed,
-            "preset": settings.preset, "frames": settings.frames, "vertices": len(mesh.vertices), "triangles": len(mesh.faces),
+            "preset": settings.preset, "model": MODEL_TITLES[settings.model], "frames": settings.frames,
+            "vertices": len(mesh.vertices), "triangles": len(mesh.faces),
             "gaussians": len(cloud.opacities), "seconds": clock.seconds, "warnings": warnings,
             "moved": moved(vertices), "edge_change_p99": edge_change(mesh, vertices), "still_psnr": round(fidelity, 2),
             "torch": torch.__version__,
@@ -148,10 +168,43 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
     )
 
 
+def painted(painter: MultiViewVideo, stills: np.ndarray, viewmats: np.ndarray, prompt: str, seed: int,
+            report: Report) -> np.ndarray:
+    """The multi-view video [V, F, S, S, 4] uint8 that the video model makes of square pictures [V, H, H, 4] of the object.
+
+    Its frame 0, which comes back a little changed from the model, is those pictures again.
+    """
+    video = painter.generate(stills, viewmats, prompt, FITTED_FRAMES, seed=seed, report=report)
+    rest, _ = fitted(stills, painter.size, painter.cell)  # [V, 4, S, S]
+    video[:, 0, ..., :3] = (on_background(rest).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    return video
+
+
+def painted_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> Footage:
+    """`read_footage` of what a model has painted.
+
+    Raises:
+        InputError: nothing_painted, and what else `read_footage` raises.
+    """
+    try:
+        return read_footage(video, viewmats, Ks)
+    except InputError as error:
+        if error.code != "no_mask":
+            raise
+        raise InputError("nothing_painted", "The video that the model painted shows no object before a plain background.",
+                         "Try another seed or another sentence, or use the model that ships.") from error
+
+
+def licence_warnings(licences: list[str]) -> list[dict[str, str]]:
+    """What a user of downloaded weights has to know of them."""
+    return [{"code": "model_licences", "message": f"Licences of the published weights: {' | '.join(licences)}.",
+             "action": "See that they allow what you do with the result."}]
+
+
 def describe() -> dict[str, str]:
     """What the server tells its clients of itself; loads the generator, so that the first job finds it warm."""
     shipped_generator()
-    return {"device": f"CPU, {os.cpu_count()} cores", "model": "Track4D motion, shipped weights", "licence": "CC0 1.0"}
+    return {"device": f"CPU, {os.cpu_count()} cores", "model": MODEL_TITLES["motion"], "licence": "CC0 1.0"}
 
 
 class Clock:

@@ -65,6 +65,19 @@ def test_control_c_takes_the_job_back(tmp_path: Path) -> None:
         stop_server(home)
 
 
+def test_the_published_model_without_its_weights_says_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the way: Blender's pictures, the socket, the worker, and its refusal back in the terminal."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    model = Path(__file__).resolve().parents[2] / "examples" / "sunflower.glb"
+    home, out = tmp_path / "home", tmp_path / "out.glb"
+    try:
+        ended = track4d("animate", str(model), "--prompt", "it sways", "--model", "published", "-o", str(out), home=home)
+    finally:
+        stop_server(home)
+    assert ended.returncode == 2 and "[checkpoint_missing]" in ended.stderr and "Traceback" not in ended.stderr
+    assert "hf download yanqinJiang/animate3d" in ended.stderr and not out.exists()
+
+
 def test_doctor_names_what_is_there(tmp_path: Path) -> None:
     ended = track4d("doctor", "--no-self-test", home=tmp_path / "home")
     assert ended.returncode == 0, ended.stdout

@@ -14,6 +14,7 @@ from track4d.geometry.zbuffer import render
 from track4d.motion.hexplane import HexPlaneSize
 from track4d.motion.reconstruct import PAPER, reconstruct_motion
 from track4d.motion.refine import RefinePreset, refine_motion
+from track4d.motion.sds import video_prior
 from track4d.pipeline import run
 from track4d.progress import silent
 from track4d_protocol.errors import Cancelled, InputError
@@ -125,6 +126,7 @@ def broken(capsule, **arrays) -> Request:
     ({"frames": 1}, "bad_settings"),
     ({"frames": 100_000}, "bad_settings"),
     ({"task": "paint"}, "bad_settings"),
+    ({"model": "large"}, "bad_settings"),
     ({"front": "up"}, "bad_front"),
     ({"prompt": "the capsule bends " * 500}, "prompt_too_long"),
 ])
@@ -333,6 +335,80 @@ def test_the_paper_preset_runs_whole_and_goes_on_from_a_checkpoint(capsule, monk
     again = run(base, silent, file).arrays["vertices"]
     assert given["priors"] == 2  # steps 6 and 7 alone
     np.testing.assert_array_equal(again, whole)
+
+
+@pytest.fixture
+def downloaded(published, tmp_path, monkeypatch) -> None:
+    """The published weights, small and random, lie where `track4d generate --weights` leaves them."""
+    from track4d.video.checkpoints import convert_published
+
+    monkeypatch.setenv("TRACK4D_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr("track4d.video.multiview_video.SIZE", 64)
+    convert_published(published, tmp_path / "models" / "published")
+
+
+@pytest.fixture
+def paints_the_bend(capsule, downloaded, monkeypatch) -> SimpleNamespace:
+    """Random weights paint noise, so the capsule that bends is painted over the model's video."""
+    monkeypatch.setattr(pipeline, "FITTED_FRAMES", 6)
+    given, truth, similarity = bent(capsule, 6, 64)
+    generate = pipeline.MultiViewVideo.generate
+
+    def repainted(self, *arguments, **options):
+        video = generate(self, *arguments, **options, steps=4)
+        rgba = given.arrays["video"].astype(np.float32)
+        alpha = rgba[..., 3:] / 255
+        video[..., :3] = rgba[..., :3] * alpha + 127 * (1 - alpha)
+        return video
+
+    monkeypatch.setattr(pipeline.MultiViewVideo, "generate", repainted)
+    return SimpleNamespace(truth=truth, similarity=similarity)
+
+
+def test_the_published_model_paints_a_video_that_is_fitted(capsule, paints_the_bend) -> None:
+    stages = []
+    asked = request(*capsule, model="published", frames=6, prompt="it bends " * 40)
+    result = run(asked, lambda stage, *_, **__: stages.append(stage))
+    assert stages.count("generate") > 4
+    assert error(paints_the_bend.similarity.apply(result.arrays["vertices"]), paints_the_bend.truth) < 0.35
+    assert result.report["model"].startswith("MV-VDM") and {"generate", "fit", "refine"} <= set(result.report["seconds"])
+    assert [w["code"] for w in result.report["warnings"]] == ["long_prompt", "model_licences"]
+    assert "apache-2.0" in result.report["warnings"][1]["message"]
+
+
+def test_the_paper_preset_distils_the_model_that_painted(capsule, paints_the_bend, monkeypatch) -> None:
+    quick = replace(PAPER, reconstruction=1, distillation=2, planes=HexPlaneSize(((8, 8, 8, 4),), 8))
+    small = replace(pipeline.PRESETS["paper"], paper=quick, gaussians=400, appearance_steps=2)
+    monkeypatch.setitem(pipeline.PRESETS, "paper", small)
+    monkeypatch.setattr(pipeline, "motion_prior", lambda *_: pytest.fail("the motion generator has painted nothing"))
+    losses = []
+
+    def spy(*arguments):
+        prior = video_prior(*arguments)
+        return lambda pictures, generator: losses.append(prior(pictures, generator)) or losses[-1]
+
+    monkeypatch.setattr(pipeline, "video_prior", spy)
+    result = run(request(*capsule, model="published", preset="paper"), silent)
+    assert len(losses) == 2 and all(loss.requires_grad and float(loss.detach()) > 0 for loss in losses)
+    assert np.isfinite(result.arrays["vertices"]).all()
+
+
+def test_a_painting_of_noise_is_refused(capsule, downloaded, monkeypatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (4, 16, 64, 64, 4)).astype(np.uint8)
+    noise[..., 3] = 255
+    monkeypatch.setattr(pipeline.MultiViewVideo, "generate", lambda *_, **__: noise)
+    with pytest.raises(InputError) as caught:
+        run(request(*capsule, model="published"), silent)
+    assert caught.value.code == "nothing_painted" and "seed" in caught.value.action
+
+
+def test_published_weights_that_are_absent_are_named_with_the_way_to_get_them(capsule, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRACK4D_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    with pytest.raises(InputError) as caught:
+        run(request(*capsule, model="published"), silent)
+    assert caught.value.code == "checkpoint_missing" and "hf download yanqinJiang/animate3d" in caught.value.action
 
 
 def test_the_protocol_lets_in_just_the_presets_that_exist() -> None:

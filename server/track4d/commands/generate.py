@@ -180,24 +180,18 @@ def load_painter(model: str, weights: Path | None) -> MultiViewVideo:
     """The small multi-view video model, or the published one, converted at its first use.
 
     Raises:
-        InputError: the weights are absent, damaged or of another model.
+        InputError: the weights are absent, damaged, of another model, or too large for this machine.
     """
-    import torch
-    from track4d_protocol.keys import default_home
-
     if model == "small":
         from ..video.features import load_small
 
         return load_small(weights)
-    from ..video.checkpoints import convert_published, is_converted, load_published, read_json
+    from ..video.checkpoints import open_published
 
-    folder = weights if weights and is_converted(weights) else default_home() / "models" / "published"
-    if folder != weights:
-        convert_published(weights, folder)
-    for line in read_json(folder / "model.json")["licences"]:
+    painter, licences = open_published(weights)
+    for line in licences:
         console.print(Text(f"licence of {line}"))
-    graphics = torch.cuda.is_available()
-    return load_published(folder, "cuda" if graphics else "cpu", torch.float16 if graphics else torch.float32)
+    return painter
 
 
 def write_views(folder: Path, video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> None:

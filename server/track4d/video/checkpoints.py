@@ -18,11 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from track4d_protocol.errors import InputError
+from track4d_protocol.keys import default_home
 
 from .unet import MultiViewUNet, UNetConfig
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # of the converted folder
+STEP_BYTES = 2_100_000_000  # of tensors that a step on 4 x 16 frames makes in float32, by `track4d doctor --plan`
 
 
 @dataclass(frozen=True)
@@ -409,6 +412,38 @@ def load_published(folder: Path, device: str | torch.device = "cpu", dtype: torc
     unet = load_unet(UNetConfig.from_dict(content["unet"]), folder / "unet.safetensors").to(device, dtype)
     encoders = Encoders(**dict(_encoders(folder, folder / "image_encoder")))
     return MultiViewVideo(unet, encoders.to(device, dtype))
+
+
+def open_published(weights: Path | None = None) -> tuple[MultiViewVideo, list[str]]:
+    """The published model, in half precision where there is a GPU, and a line per licence; the first use converts its weights.
+
+    Args:
+        weights: as `find_published`, or a folder that `convert_published` made; None takes what was converted before, or
+            looks into the machine's hub cache.
+
+    Raises:
+        InputError: the weights are absent, damaged or of another model, or take more memory than is free.
+    """
+    folder = weights if weights and is_converted(weights) else default_home() / "models" / "published"
+    if folder != weights:
+        convert_published(weights, folder)
+    graphics = torch.cuda.is_available()
+    check_memory(folder, graphics)
+    model = load_published(folder, "cuda" if graphics else "cpu", torch.float16 if graphics else torch.float32)
+    return model, read_json(folder / "model.json")["licences"]
+
+
+def check_memory(folder: Path, graphics: bool) -> None:
+    """Raises:
+        InputError: too_little_memory, for converted weights and a step of their network.
+    """
+    needed = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) + STEP_BYTES
+    free, place = psutil.virtual_memory().available, "memory"
+    if graphics:
+        needed, free, place = needed // 2, torch.cuda.mem_get_info()[0], "memory on the GPU"
+    if needed > free:
+        raise InputError("too_little_memory", f"The published weights need about {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB of "
+                         f"{place} are free.", "Close other programs, or use the model that ships.")
 
 
 def load_unet(config: UNetConfig, path: Path) -> MultiViewUNet:
