@@ -219,7 +219,7 @@ def from_object(
     for frame, time in enumerate(times):
         for view, (viewmat, K) in enumerate(zip(canonical.viewmats_to_world(viewmats), Ks)):
             with _moment(names, time) as copies:
-                video[view, frame], _ = render_view(copies, from_world, canonical, viewmat, K, size, samples)
+                video[view, frame] = render_view(copies, from_world, canonical, viewmat, K, size, samples)
             yield len(times) + frame * len(AZIMUTHS) + view + 1, total
     return fit_request(seen, settings, video, viewmats, Ks)
 

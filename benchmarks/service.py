@@ -43,8 +43,7 @@ def make_request() -> Request:
               "uvs": dice.random((len(faces), 3, 2), np.float32), "materials": np.zeros(len(faces), np.int32),
               "texture_0": dice.integers(0, 255, (1024, 1024, 3)).astype(np.uint8),
               "views": dice.integers(0, 255, (4, SIZE, SIZE, 4)).astype(np.uint8),
-              "depths": dice.random((4, SIZE, SIZE), np.float32), "viewmats": orbit_viewmats(),
-              "Ks": intrinsics(SIZE, 4)}
+              "viewmats": orbit_viewmats(), "Ks": intrinsics(SIZE, 4)}
     return Request(Settings("the fox is running"), ["fox"], arrays)
 
 

@@ -71,15 +71,13 @@ def steps(
     seen = objects if isinstance(objects, Snapshot) else snapshot(objects)
     viewmats, Ks = orbit_cameras(seen.vertices, settings.front, size)
     canonical, from_world = canonical_similarity(seen.vertices, settings.front), np.linalg.inv(seen.to_world)
-    views, depths = [], []
+    views = []
     for done, (viewmat, K) in enumerate(zip(viewmats, Ks)):
         if report:
             report("capture", done, len(viewmats))
         with plain_copies(find_objects(seen)) as copies:
             _check_unchanged(seen, copies)
-            view, depth = render_view(copies, from_world, canonical, viewmat, K, size, samples)
-        views.append(view)
-        depths.append(depth)
+            views.append(render_view(copies, from_world, canonical, viewmat, K, size, samples))
         yield done + 1
     if max(int(view[..., 3].max()) for view in views) < 128:
         name = seen.objects[0].name
@@ -93,7 +91,7 @@ def steps(
     return Request(
         settings,
         [item.name for item in seen.objects],
-        mesh_arrays(seen) | {"views": np.stack(views), "depths": np.stack(depths), "viewmats": viewmats, "Ks": Ks},
+        mesh_arrays(seen) | {"views": np.stack(views), "viewmats": viewmats, "Ks": Ks},
     )
 
 

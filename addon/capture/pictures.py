@@ -1,6 +1,6 @@
 """The picture part of a capture: Cycles on the CPU, in memory, of copies in a temporary scene.
 
-Cycles' Python engine class is wrapped for the length of one render, to read the passes where Blender has them: neither
+Cycles' Python engine class is wrapped for the length of one render, to read the picture where Blender has it: neither
 a file nor the compositor is needed. Light and background are ours, always the same: the pictures serve the motion, and
 a side that the user's lamps leave dark could not be followed.
 """
@@ -25,7 +25,6 @@ AMBIENT = 0.55  # radiance of the world: a white surface in the open gets this v
 LAMPS = (((0.6, 0.5, 0.7), 0.4), ((0.3, -0.8, 0.3), 0.15), ((-0.9, 0.1, 0.4), 0.25))
 LAMP_ANGLE = 0.8  # radians; large lamps make soft shadows
 BOUNCES = 2
-FAR = 1e9  # Cycles writes 1e10 where a ray hits nothing
 HANDLERS = (
     "render_init",
     "render_pre",
@@ -47,7 +46,7 @@ def render_view(
     K: np.ndarray,
     size: int,
     samples: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     """Renders one picture of the copies; fills their temporary scene when it is called for the first time.
 
     Args:
@@ -59,8 +58,7 @@ def render_view(
         samples: per pixel.
 
     Returns:
-        view uint8 [R, R, 4] sRGB with straight alpha, depth float32 [R, R] along the camera's axis (0 = background);
-        top row first.
+        uint8 [R, R, 4] sRGB with straight alpha, top row first.
 
     Raises:
         InputError: cycles_missing, or render_failed with Blender's own words.
@@ -69,12 +67,11 @@ def render_view(
     if scene.camera is None:
         _fill_scene(copies, from_world, canonical, size, samples)
     set_camera(scene.camera, viewmat, K, size, 1 / canonical.scale)
-    color, depth = _render(scene)
+    color = _render(scene)
     alpha = color[..., 3:]
     straight = np.where(alpha > 1e-4, color[..., :3] / np.maximum(alpha, 1e-4), 0.0)
     view = np.concatenate([linear_to_srgb(straight), np.clip(alpha, 0.0, 1.0)], -1)
-    depth = np.where((depth < FAR) & (color[..., 3] > 0.5), depth, 0.0)
-    return to_bytes(view)[::-1].copy(), depth[::-1].astype(np.float32)
+    return to_bytes(view)[::-1].copy()
 
 
 def _fill_scene(copies: PlainCopies, from_world: np.ndarray, canonical: Similarity, size: int, samples: int) -> None:
@@ -135,7 +132,6 @@ def _set_up_render(scene: bpy.types.Scene, size: int, samples: int) -> None:
             obj.data.cycles.use_multiple_importance_sampling = False
     cycles.max_bounces = cycles.diffuse_bounces = cycles.glossy_bounces = BOUNCES
     cycles.caustics_reflective = cycles.caustics_refractive = False
-    scene.view_layers[0].use_pass_z = True
 
 
 @contextmanager
@@ -151,21 +147,21 @@ def quiet_handlers() -> Iterator[None]:
             getattr(bpy.app.handlers, name)[:] = functions
 
 
-def _render(scene: bpy.types.Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Linear premultiplied colours [R, R, 4] and depth [R, R], bottom row first."""
+def _render(scene: bpy.types.Scene) -> np.ndarray:
+    """Linear premultiplied colours [R, R, 4], bottom row first."""
     from cycles import CyclesRender
 
-    passes: dict[str, np.ndarray] = {}
+    pictures: list[np.ndarray] = []
     original = CyclesRender.__dict__["render"]
 
     def render_and_keep(self, depsgraph):
         original(self, depsgraph)
         result = self.get_result()
         for entry in result.layers[0].passes:
-            if entry.name in ("Combined", "Depth", "Z"):
+            if entry.name == "Combined":
                 flat = np.empty(result.resolution_x * result.resolution_y * entry.channels, np.float32)
                 entry.rect.foreach_get(flat)
-                passes[entry.name] = flat.reshape(result.resolution_y, result.resolution_x, entry.channels)
+                pictures.append(flat.reshape(result.resolution_y, result.resolution_x, entry.channels))
 
     had_result = "Render Result" in bpy.data.images
     CyclesRender.render = render_and_keep
@@ -182,11 +178,10 @@ def _render(scene: bpy.types.Scene) -> tuple[np.ndarray, np.ndarray]:
         CyclesRender.render = original
         if not had_result and "Render Result" in bpy.data.images:
             bpy.data.images.remove(bpy.data.images["Render Result"])
-    depth = passes.get("Depth", passes.get("Z"))
-    if "Combined" not in passes or depth is None:
+    if not pictures:
         raise InputError(
             "render_failed",
             "Cycles gave no picture of the object.",
             "Render it once yourself with Cycles to see what is wrong.",
         )
-    return passes["Combined"], depth[..., 0]
+    return pictures[-1]

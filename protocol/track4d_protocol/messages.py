@@ -79,10 +79,10 @@ class Request:
         objects: names of the objects, in the order of `object_counts`.
         arrays: in the user's world space and units: vertices f32 [N, 3]; faces i32 [T, 3]; uvs f32 [T, 3, 2]; materials
             i32 [T]; texture_0, texture_1, ... uint8 [h, w, 3] sRGB, top row first, one per material; object_counts i32
-            [O] vertices per object; views uint8 [V, R, R, 4] sRGB, straight alpha; depths f32 [V, R, R] along the
-            camera's axis, 0 = background; viewmats f [V, 4, 4]; Ks f32 [V, 3, 3]; pin f32 [N] in 0..1, how much each
-            vertex is held still, where it is given; for the task "fit" also video uint8
-            [V, F, H, W, 3 or 4], whose cameras viewmats and Ks then are.
+            [O] vertices per object; views uint8 [V, R, R, 4] sRGB, straight alpha; viewmats f [V, 4, 4]; Ks f32 [V, 3, 3];
+            pin f32 [N] in 0..1, how much each vertex is held still, where it is given; for the task "fit" also video uint8
+            [V, F, H, W, 3 or 4], whose cameras viewmats and Ks then are. The server draws position and depth maps itself,
+            of the mesh with these cameras.
     """
 
     settings: Settings
@@ -179,9 +179,9 @@ class Job:
 # name: (dtype kinds, shape); a letter is a size that must be the same everywhere, a number is exact, None is free.
 _ANIMATE = {
     "vertices": ("f", ("N", 3)), "faces": ("i", ("T", 3)), "uvs": ("f", ("T", 3, 2)), "materials": ("i", ("T",)),
-    "object_counts": ("i", (None,)), "views": ("u", ("V", "R", "R", 4)), "depths": ("f", ("V", "R", "R")),
+    "object_counts": ("i", (None,)), "views": ("u", ("V", "R", "R", 4)),
     "viewmats": ("f", ("V", 4, 4)), "Ks": ("f", ("V", 3, 3)), "pin": ("f", ("N",))}
-_OPTIONAL = {"uvs", "materials", "object_counts", "depths", "pin"}
+_OPTIONAL = {"uvs", "materials", "object_counts", "pin"}
 
 
 def check_request(request: Request, limits: Limits = LIMITS) -> None:
@@ -196,7 +196,7 @@ def check_request(request: Request, limits: Limits = LIMITS) -> None:
     optional = set(_OPTIONAL)
     if settings.task == "fit":
         expected["video"] = ("u", ("V", "F", None, None, None))
-        optional |= {"views", "depths"}
+        optional.add("views")
     expected |= {name: ("u", (None, None, 3)) for name in arrays if name.startswith("texture_")}
     sizes: dict[str, int] = {}
     for name, (kind, shape) in expected.items():

@@ -16,7 +16,7 @@ def make_request(**settings) -> Request:
         "uvs": np.zeros((2, 3, 2), np.float32), "materials": np.array([0, 1], np.int32),
         "texture_0": np.zeros((1, 1, 3), np.uint8), "texture_1": np.zeros((4, 8, 3), np.uint8),
         "object_counts": np.array([3, 3], np.int32), "views": np.zeros((4, 16, 16, 4), np.uint8),
-        "depths": np.zeros((4, 16, 16), np.float32), "viewmats": orbit_viewmats(), "Ks": intrinsics(16, 4)}
+        "viewmats": orbit_viewmats(), "Ks": intrinsics(16, 4)}
     return Request(Settings(**{"prompt": "the fox is running"} | settings), ["fox", "ball"], arrays)
 
 
@@ -27,7 +27,7 @@ def test_a_good_request_passes():
 
 def test_a_request_with_a_video_needs_no_pictures_and_no_prompt():
     request = make_request(task="fit", prompt="")
-    del request.arrays["views"], request.arrays["depths"]
+    del request.arrays["views"]
     with pytest.raises(InputError) as caught:
         check_request(request)
     assert caught.value.code == "missing_array"
