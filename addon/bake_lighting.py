@@ -24,7 +24,7 @@ from track4d_protocol.errors import InputError, Track4DError, TransportError
 from track4d_protocol.space import FRONTS
 from track4d_protocol.splat_files import write_ply
 
-from .files import READABLE, Staging
+from .files import READABLE, Staging, leave
 
 MANIFEST = "asset.json"
 LOG, WORKING = "log.jsonl", ".working.json"
@@ -386,6 +386,4 @@ def _work(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)  # everything is written; the shutdown of Blender 4.2 crashes after an import that failed
+    leave(main())

@@ -27,7 +27,7 @@ from track4d_protocol.local import ensure_server
 from track4d_protocol.messages import MODELS, PRESETS, Job, JobState, Request, Result, Settings
 from track4d_protocol.space import FRONTS
 
-from .files import SPLATS, Staging, check_readable, check_writable, suffix
+from .files import SPLATS, Staging, check_readable, check_writable, leave, suffix
 
 if TYPE_CHECKING:
     import bpy
@@ -390,4 +390,4 @@ def write_sheet(video: np.ndarray, title: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

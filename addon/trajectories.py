@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from track4d_protocol.errors import InputError, Track4DError
 
-from .files import check_readable
+from .files import check_readable, leave
 
 if TYPE_CHECKING:
     import bpy
@@ -336,4 +336,4 @@ def _surface(meshes: list[bpy.types.Object]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
