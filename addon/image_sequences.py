@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,29 +17,76 @@ from track4d_protocol.space import AZIMUTHS, intrinsics, orbit_viewmats
 
 from .capture.colors import to_bytes
 from .capture.pictures import quiet_handlers
+from .slices import finished
 
 PICTURES = (".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
+Reading = Generator[tuple[int, int] | None, None, np.ndarray]  # yields pictures done and pictures in all, where it knows them
 
 
 def read_views(folder: Path | str) -> np.ndarray:
     """All views of a multi-view video; uint8 [V, F, H, W, 3 or 4] sRGB, straight alpha if there is any.
 
     Raises:
-        InputError: missing_file, no_views, unreadable_file, sizes_differ, video_not_supported.
+        InputError: missing_file, no_views, unreadable_file, sizes_differ.
     """
+    return finished(views_steps(folder))
+
+
+def views_steps(folder: Path | str) -> Reading:
+    """`read_views` in slices of one picture; during a pause nothing of it is in `bpy.data`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("missing_file", f"The folder '{folder}' isn't there.", "Check its name.")
-    views = [_read_view(source) for source in _sources(folder)]
-    shapes = {view.shape for view in views}
-    if len(shapes) != 1:
-        raise InputError(
-            "sizes_differ",
-            f"The views in '{folder.name}' have different sizes or lengths: {sorted(shapes)}.",
-            "Give each view as many frames of the same size.",
-        )
-    return np.stack(views)
+    films = yield from films_steps(_sources(folder))
+    return (yield from pictures_steps(films))
+
+
+def films_steps(sources: Sequence[Path]) -> Generator[None, None, list[list[Frame]]]:
+    """The `film` of each view, a view at a time; all have as many frames.
+
+    Raises:
+        InputError: missing_file, no_views, unreadable_file, sizes_differ.
+    """
+    films: list[list[Frame]] = []
+    for source in sources:
+        films.append(film(source))
+        yield
+    if len({len(frames) for frames in films}) != 1:
+        lengths = ", ".join(f"'{source.name}' {len(frames)}" for source, frames in zip(sources, films))
+        raise InputError("sizes_differ", f"The views differ in how many frames they have: {lengths}.",
+                         "Give each view as many frames.")  # fmt: skip
+    return films
+
+
+def pictures_steps(films: Sequence[Sequence[Frame]], size: int | None = None) -> Reading:
+    """The pictures of films of one length, a picture at a time; uint8 [V, F, H, W, 3 or 4].
+
+    Args:
+        films: of each view.
+        size: larger square pictures are reduced to it.
+
+    Raises:
+        InputError: unreadable_file, sizes_differ.
+    """
+    frames = [frame for film in films for frame in film]
+    video: np.ndarray | None = None
+    for number, frame in enumerate(frames):
+        picture = read_frame(frame, size)
+        if video is None:
+            video = np.empty((len(frames), *picture.shape), np.uint8)
+        if picture.shape != video.shape[1:]:
+            raise InputError("sizes_differ", f"The picture '{frame.path}' is {_size(picture)}; '{frames[0].path}' is "
+                             f"{_size(video[0])}.", "Give each view pictures of the same size.")  # fmt: skip
+        video[number] = picture
+        yield number + 1, len(frames)
+    assert video is not None, "a film has frames"
+    return video.reshape(len(films), -1, *video.shape[1:])
+
+
+def _size(picture: np.ndarray) -> str:
+    height, width, channels = picture.shape
+    return f"{width} x {height} pixels {'with' if channels == 4 else 'without'} transparency"
 
 
 def read_cameras(folder: Path | str, views: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray, str]:
@@ -68,7 +115,8 @@ def read_cameras(folder: Path | str, views: int, height: int, width: int) -> tup
         viewmats, Ks = np.array(data["viewmats"], np.float64), np.array(data["Ks"], np.float32)
         space = data.get("space", "canonical")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError("bad_cameras", f"'{path}' can't be read: {error!r}.", "See docs for its form.") from error
+        raise InputError("bad_cameras", f"'{path}' can't be read: {error!r}.", "See docs/multiview_video.md for its form."
+                         ) from error  # fmt: skip
     _check_cameras(viewmats, Ks, space, views, path)
     return viewmats, Ks, space
 
@@ -183,16 +231,6 @@ def _movie(path: Path) -> Iterator[tuple[bpy.types.Scene, int]]:
         yield scene, int(strip.duration if hasattr(strip, "duration") else strip.frame_final_duration)
     finally:
         bpy.data.scenes.remove(scene)
-
-
-def _read_view(source: Path) -> np.ndarray:
-    frames = [read_frame(frame) for frame in film(source)]
-    shapes = {frame.shape for frame in frames}
-    if len(shapes) != 1:
-        raise InputError(
-            "sizes_differ", f"The pictures in '{source}' have different sizes: {sorted(shapes)}.", "Make them alike."
-        )
-    return np.stack(frames)
 
 
 def _read_picture(path: Path, size: int | None) -> np.ndarray:

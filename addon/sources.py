@@ -99,33 +99,14 @@ def from_files(seen: Snapshot, settings: Settings, views: dict[float, Path], siz
         InputError: missing_file, no_views, unreadable_file, sizes_differ, bad_cameras, missing_cameras.
     """
     if len(views) == 1 and image_sequences.is_multi_view(path := next(iter(views.values()))):
-        video = image_sequences.read_views(path)
+        video = yield from image_sequences.views_steps(path)
         viewmats, Ks, space = image_sequences.read_cameras(path, len(video), *video.shape[2:4])
-        yield 1, 1
         return fit_request(seen, settings, video, viewmats, Ks, space)
-    films = [image_sequences.film(path) for path in views.values()]
-    lengths = {len(film) for film in films}
-    if len(lengths) != 1:
-        raise InputError(
-            "sizes_differ", f"The views have {', '.join(map(str, sorted(lengths)))} frames.", "Give each view as many frames."
-        )
-    count = lengths.pop()
-    chosen = np.linspace(0, count - 1, min(count, MOST_FRAMES)).round().astype(int)
-    video, total = [], len(films) * len(chosen)
-    for film in films:
-        frames = []
-        for index in chosen:
-            frames.append(image_sequences.read_frame(film[index], size))
-            yield len(video) * len(chosen) + len(frames), total
-        video.append(frames)
-    shapes = {picture.shape for frames in video for picture in frames}
-    if len(shapes) != 1:
-        raise InputError(
-            "sizes_differ", f"The pictures have different sizes: {sorted(shapes)}.", "Give each view pictures of the same size."
-        )
-    width = shapes.pop()[1]
+    films = yield from image_sequences.films_steps(list(views.values()))
+    chosen = np.linspace(0, len(films[0]) - 1, min(len(films[0]), MOST_FRAMES)).round().astype(int)
+    video = yield from image_sequences.pictures_steps([[film[index] for index in chosen] for film in films], size)
     viewmats = orbit_viewmats(list(views)).astype(np.float64)
-    return fit_request(seen, settings, np.array(video), viewmats, intrinsics(width, len(views)))
+    return fit_request(seen, settings, video, viewmats, intrinsics(video.shape[3], len(views)))
 
 
 def fit_request(

@@ -343,7 +343,7 @@ def _color(
 ) -> bpy.types.NodeSocket:  # fmt: skip
     """4D SH as nodes: sRGB colour of each Gaussian at this frame, from the camera's place."""
     waves = [(moment * (math.pi * w / shown.frames)).then("COSINE") for w in range(shown.terms)]
-    rows: list[Any] = [1.0]
+    rows: list[Any] = [(1.0, 1.0, 1.0)]
     if shown.degree:
         camera = _node(tree, "GeometryNodeInputActiveCamera").outputs[0]
         eye = _node(tree, "GeometryNodeObjectInfo", {"Object": camera}, transform_space="RELATIVE").outputs["Location"]
@@ -354,8 +354,8 @@ def _color(
     for harmonic, row in enumerate(rows):
         series: Any = named(_coefficient(harmonic, 0))
         for term in range(1, shown.terms):
-            series = _vector(tree, "ADD", series, _vector(tree, "SCALE", named(_coefficient(harmonic, term)), waves[term]))
-        total = _vector(tree, "ADD", total, _vector(tree, "SCALE", series, row))
+            series = _vector(tree, "MULTIPLY_ADD", named(_coefficient(harmonic, term)), waves[term], series)
+        total = _vector(tree, "MULTIPLY_ADD", series, row, total)
     return _vector(tree, "MAXIMUM", total, (0.0, 0.0, 0.0))
 
 
