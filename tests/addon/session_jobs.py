@@ -89,15 +89,15 @@ def cancel_at_many_moments(blend: str) -> dict:
     }
     answer = {}
     for name, come in moments.items():
-        bpy.context.scene.track4d.prompt = "the monkey nods" + " very slowly" * (name != "applying")
+        bpy.context.scene.track4d.prompt = "the monkey nods" if name == "applying" else "the monkey waits for ever"
         before = fingerprint()
         bpy.ops.track4d.animate()
         (job,) = jobs.state.active.values()
-        reached = come(job) if name == "click" else pump(lambda come=come, job=job: come(job) or jobs.state.problem, 90)
+        reached = come(job) if name == "click" else pump(lambda come=come, job=job: come(job) or jobs.state.problem)
         if name == "moving":
             film = previews._films.get(job.id)
             answer["film"] = film is not None and list(film.shape)
-            pump(lambda: moved(obj) > 0.05, 10)  # it plays, and begins at rest
+            pump(lambda: moved(obj) > 0.05)  # it plays, and begins at rest
             answer["moves"] = moved(obj)
             answer["file"] = saves_without(blend)
             jobs.tick()
@@ -136,19 +136,19 @@ def motion_among_the_users_own(blend: str) -> dict:
     obj.shape_key_add(name="smile", from_mix=False).value = 0.5
     obj.active_shape_key_index = 1
     before = fingerprint()
-    bpy.context.scene.track4d.prompt = "the monkey nods slowly"
+    bpy.context.scene.track4d.prompt = "the monkey waits for ever"
     bpy.ops.track4d.animate()
-    shown = pump(lambda: live().NAME in obj.data.shape_keys.key_blocks, 60)
+    shown = pump(lambda: live().NAME in obj.data.shape_keys.key_blocks)
 
     def moved() -> float:
         evaluated = obj.evaluated_get(bpy.context.evaluated_depsgraph_get()).data
         return max(abs(a.co[2] - b.co[2]) for a, b in zip(evaluated.vertices, obj.data.vertices))
 
-    moves = pump(lambda: moved() > 0.02, 10)  # it plays: at its first frame it is still at rest
+    moves = pump(lambda: moved() > 0.02)  # it plays: at its first frame it is still at rest
     bpy.ops.object.mode_set(mode="EDIT")
     edited = saves_without(blend)
     bpy.ops.object.mode_set(mode="OBJECT")
-    pump(lambda: live().NAME in obj.data.shape_keys.key_blocks, 5)
+    pump(lambda: live().NAME in obj.data.shape_keys.key_blocks)
     bpy.ops.object.duplicate()
     copy = bpy.context.object
     handlers, bpy.app.handlers.save_pre[:] = list(bpy.app.handlers.save_pre), []  # as Blender's automatic saving does
@@ -187,17 +187,17 @@ def come_back_to_several(blend: str, gate: str) -> dict:
     jobs, _ = addon()
     bpy.ops.wm.open_mainfile(filepath=blend)
     jobs.wake(bpy.context)
-    pump(lambda: bool(jobs.state.finished), 60)
+    pump(lambda: bool(jobs.state.finished))
     away = sorted(job.objects[0] for job in jobs.state.finished.values() if job.away)
     again = [job.objects for job in jobs.state.active.values()]
     orders = [bool(job.order.batch) for job in [*jobs.state.finished.values(), *jobs.state.active.values()]]
     bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
     Path(gate).touch()
-    elsewhere = pump(lambda: len(jobs.state.finished) == 3 and not jobs.state.active, 60)
+    elsewhere = pump(lambda: len(jobs.state.finished) == 3 and not jobs.state.active)
     bpy.ops.wm.open_mainfile(filepath=blend)
     for job_id in list(jobs.state.finished):
         bpy.ops.track4d.apply_result(job_id=job_id)
-    pump(lambda: not jobs.state.active, 30)
+    pump(lambda: not jobs.state.active)
     keys = [shape(obj)["keys"] for obj in bpy.data.objects]
     kept = sorted(p.name for p in orders_folder().iterdir())
     return {"away": away, "again": again, "orders": orders, "elsewhere": elsewhere, "keys": keys, "kept": kept,
@@ -211,7 +211,7 @@ def leave_unsent(blend: str) -> dict:
     bpy.context.scene.track4d.prompt = "the monkey nods"
     bpy.ops.track4d.animate()
     (job,) = jobs.state.active.values()
-    sending = pump(lambda: job.phase is jobs.Phase.SENDING and any(orders_folder().glob("*.request")), 30)
+    sending = pump(lambda: job.phase is jobs.Phase.SENDING and any(orders_folder().glob("*.request")))
     bpy.ops.wm.save_as_mainfile(filepath=blend)
     return {"sending": sending, "job": job.id}
 
@@ -254,19 +254,19 @@ def set_up(setup_python: str) -> dict:
     home, answer = chosen.server_home(), {}
     monkey()
     jobs.wake(bpy.context)
-    pump(lambda: jobs.state.server_problem is not None, 20)
+    pump(lambda: jobs.state.server_problem is not None)
     answer["first"] = [jobs.state.server_problem.code, home.exists()]
     no_index = os.environ.pop("PIP_NO_INDEX")
     answer["offline"] = [sorted(bpy.ops.track4d.set_up_server()), jobs.state.problem.code]
     os.environ["PIP_NO_INDEX"] = no_index
     bpy.ops.track4d.set_up_server()
-    assert pump(lambda: jobs.state.setup.step == 1, 30), jobs.state.setup
+    assert pump(lambda: jobs.state.setup.step == 1), jobs.state.setup
     answer["busy"] = jobs.status(jobs.state)[0]
-    answer["twice"] = sorted(bpy.ops.track4d.set_up_server())
+    answer["twice"] = [sorted(bpy.ops.track4d.set_up_server()), jobs.state.problem.code]
     process = local_setup._processes[home]
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    pump(lambda: not jobs.state.setup.busy, 10)
+    pump(lambda: not jobs.state.setup.busy)
     answer["killed"] = jobs.state.setup.state
     bpy.ops.track4d.set_up_server()
     pump(lambda: not jobs.state.setup.busy, 600)
@@ -278,9 +278,9 @@ def set_up(setup_python: str) -> dict:
     ask = [program.with_name("python"), "-c", "import track4d; print(track4d.__file__)"]
     answer["origin"] = subprocess.run(ask, capture_output=True, text=True, env=local_setup._clean_environment()).stdout
     bpy.ops.track4d.start_server()
-    answer["started"] = pump(lambda: jobs.state.server is jobs.link.Server.CONNECTED, 60)
+    answer["started"] = pump(lambda: jobs.state.server is jobs.link.Server.CONNECTED)
     bpy.ops.track4d.remove_setup()
-    pump(lambda: not jobs.state.setup.busy, 60)
+    pump(lambda: not jobs.state.setup.busy)
     answer["removed"] = [jobs.state.setup.state, sorted(p.name for p in home.iterdir() if p.is_dir())]
     answer["runs"] = holder(home / SERVER_LOCK) is not None
     bpy.ops.track4d.use_existing_server()

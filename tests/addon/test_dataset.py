@@ -77,6 +77,28 @@ def test_every_clip_starts_from_its_own_pose(tmp_path, suffix):
     assert found["bones"] == ["lower", "upper"]
 
 
+def test_a_clip_without_motion_is_left_out(tmp_path):
+    rig = add_puppet()
+    actions.assign(rig, bpy.data.actions.new("Stand"))
+    for frame in (1, 9):
+        rig.pose.bones["upper"].keyframe_insert("rotation_euler", frame=frame)
+    track = rig.animation_data.nla_tracks.new()
+    track.name = "Stand"
+    track.strips.new("Stand", 1, rig.animation_data.action)
+    rig.animation_data.action = None
+    _, found = trajectories.extract(save(tmp_path / "puppet.blend"), 4, {})
+    assert [clip["name"] for clip in found["clips"]] == ["Fall", "Wave"]
+    (warning,) = found["warnings"]
+    assert warning["code"] == "clip_skipped" and "'Stand' of 'puppet.blend'" in warning["message"]
+
+
+def test_a_mesh_too_large_for_clips_is_refused(kit, tmp_path):
+    kit.make_grid(450)  # 202,500 vertices
+    with pytest.raises(InputError) as caught:
+        trajectories.extract(save(tmp_path / "grid.blend"), 4, {})
+    assert caught.value.code == "too_many_vertices" and "202500" in caught.value.message
+
+
 def test_a_real_asset_moves_as_measured(asset):
     """fox.glb: three clips, each as in the published list, whatever was played before."""
     arrays, found = trajectories.extract(asset("fox.glb"), 8, {"Survey": False})

@@ -282,6 +282,21 @@ def test_lights_that_nobody_edited_follow_the_selection(registered):
     assert caught.value.code == "not_baked" and "different lights" in caught.value.message
 
 
+def test_what_blender_can_not_bake_is_said_in_its_words(registered):
+    """And engine, samples and selection are the user's again."""
+    from track4d_addon import jobs
+
+    ball, scene = make_ball(), bpy.context.scene
+    ball.hide_render = True
+    scene.render.engine, scene.cycles.samples = "BLENDER_WORKBENCH", 77
+    assert bpy.ops.track4d.bake_lights() == {"CANCELLED"}
+    problem = jobs.state.problem
+    assert problem.code == "bake_failed" and "'Ball'" in problem.message and "not enabled for rendering" in problem.message
+    assert (scene.render.engine, scene.cycles.samples, ball.select_get()) == ("BLENDER_WORKBENCH", 77, True)
+    ball.hide_render = False
+    assert bpy.ops.track4d.bake_lights() == {"FINISHED"}
+
+
 def test_baked_light_leaves_with_usd(tmp_path):
     """As floats, above 1 too, while the mesh moves."""
     ball = make_ball()

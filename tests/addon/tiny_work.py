@@ -1,9 +1,11 @@
 """Work for a server under test: the motion is a wave.
 
-In the prompt, "slowly" makes it last, "fails" makes it fail, "waits for NAME" makes it wait for a file in the server's folder.
+In the prompt, "slowly" makes it last, "fails" makes it fail. "begins with NAME" and "waits for NAME" make it wait at its
+beginning or at its end for a file in the server's folder, so that a test decides when it goes on.
 """
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -18,7 +20,14 @@ def describe() -> dict[str, str]:
 def run(request: Request, report, checkpoint=None) -> Result:
     """A vertical wave through the captured vertices, at rest in frame 0; film and motion are known after the first step."""
     settings, vertices = request.settings, request.arrays["vertices"]
-    steps = 200 if "very slowly" in settings.prompt else 50 if "slowly" in settings.prompt else 8
+    gates, steps = dict(re.findall(r"(begins with|waits for) (\w+)", settings.prompt)), 200 if "slowly" in settings.prompt else 8
+
+    def wait(gate: str | None, step: int) -> None:
+        while gate and not Path(os.environ["TINY_WORK_GATES"], gate).exists():
+            report("fit", step, steps)
+            time.sleep(0.05)
+
+    wait(gates.get("begins with"), 0)
     time_axis = np.linspace(0, 1, settings.frames, dtype=np.float32)  # [F]
     lift = np.sin(2 * np.pi * time_axis)[:, None] * (1 + vertices[None, :, 0])  # [F, N]
     moved = np.repeat(vertices[None], settings.frames, 0)  # [F, N, 3]
@@ -31,10 +40,7 @@ def run(request: Request, report, checkpoint=None) -> Result:
         else:
             report("fit", step, steps, preview=shade if step % 4 == 0 else None)
         time.sleep(0.05)
-    _, _, gate = settings.prompt.partition("waits for ")
-    while gate and not Path(os.environ["TINY_WORK_GATES"], gate).exists():
-        report("fit", steps - 1, steps)
-        time.sleep(0.05)
+    wait(gates.get("waits for"), steps - 1)
     if "fails" in settings.prompt:
         raise ValueError("the work was told to fail")
     warning = {"code": "tiny_work", "message": "This is not the real pipeline.", "action": "Ignore it."}
