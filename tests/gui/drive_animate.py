@@ -37,13 +37,13 @@ def ask(request: str) -> Callable[[], bool]:
     return lambda: not (GUI / "request").exists()
 
 
-def at(below: float) -> str:
-    """Screen coordinates of the middle of the sidebar, `below` pixels under its top where the server takes two lines."""
+def at(below: float, across: float = 0.0) -> str:
+    """Screen coordinates `across` of the sidebar's middle, `below` pixels under its top where the server takes two lines."""
     window = bpy.context.window_manager.windows[0]
     _, region = viewport()
     panels = importlib.import_module(f"{ADDON}.panels")
     below += 20 * (sum(len(panels.wrap(text, region.width)) for text, _ in jobs().status(jobs().state)) - 2)
-    return f"{region.x + region.width // 2 - 10} {window.height - (region.y + region.height) + below:.0f}"
+    return f"{region.x + region.width // 2 - 10 + across:.0f} {window.height - (region.y + region.height) + below:.0f}"
 
 
 def time_ticks() -> list[float]:
@@ -116,6 +116,20 @@ def press_animate() -> Generator[Wait, None, None]:
     raise AssertionError("the button Animate took no click")
 
 
+def plays() -> bool:
+    return bpy.context.window_manager.windows[0].screen.is_animation_playing
+
+
+def press_play(wanted: bool) -> Generator[Wait, None, None]:
+    """Click the button that starts and stops the animation, until it does."""
+    for _ in range(4):
+        yield ask(f"click {at(191, across=-60)}")
+        yield 2.0
+        if plays() is wanted:
+            return
+    raise AssertionError("the button Play took no click")
+
+
 def story() -> Generator[Wait, None, None]:
     area, region = viewport()
     space = area.spaces.active
@@ -169,6 +183,15 @@ def story() -> Generator[Wait, None, None]:
     obj = bpy.data.objects[name]
     assert len(obj.data.shape_keys.key_blocks) == 17, "redo doesn't bring the animation back"
     yield 1.0
+
+    yield from press_play(True)
+    frames = set()
+    for _ in range(30):
+        frames.add(bpy.context.scene.frame_current)
+        yield 0.2
+    yield ask("shot 3_playing")
+    assert len(frames) > 3 and frames <= set(range(1, 17)), f"it plays the frames {sorted(frames)}"
+    yield from press_play(False)
 
     yield from outputs(obj)
     obj = bpy.data.objects[name]
