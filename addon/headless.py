@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("--video", type=Path, required=True, help="folder with view_0/, view_1/, ... and cameras.json")
         command.add_argument("--out", type=Path, action="append", required=True, help="file to write; may be given several times")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--frames", type=int, default=16)
+        command.add_argument("--frames", type=int, default=16 if task == "animate" else None, help="of the result")
         command.add_argument("--preset", default="default", choices=PRESETS)
         command.add_argument("--front", default="-Y", choices=list(FRONTS), help="the axis that the objects face")
         command.add_argument("--strength", type=float, default=1.0, help="how far the motion goes: 0 stands still, 1 as imagined")
@@ -184,7 +185,7 @@ def _run(options: argparse.Namespace, session: Session) -> None:
     settings = Settings(
         prompt=getattr(options, "prompt", ""),
         seed=options.seed,
-        frames=options.frames,
+        frames=16 if options.frames is None else options.frames,
         preset=options.preset,
         front=options.front,
         task=options.task,
@@ -209,10 +210,11 @@ def _run(options: argparse.Namespace, session: Session) -> None:
         for warning in (*warnings, *seen.warnings):
             session.say(warning=warning)
         request = (
-            _fit_request(seen, settings, options.video)
+            _fit_request(seen, settings, options.video, options.frames)
             if options.task == "fit"
             else capture.capture(seen, settings, report=lambda stage, step, total: session.progress(stage, step, total))
         )
+        options.frames = request.settings.frames
         if options.pin:
             request.arrays["pin"] = finished(pin_weights(seen, options.pin))
     job_id = uuid.uuid4().hex
@@ -230,6 +232,7 @@ def _run(options: argparse.Namespace, session: Session) -> None:
             scene = bpy.context.scene
             scene.frame_start, scene.frame_end = made["frame_start"], int(made["frame_end"])
             scene.frame_set(scene.frame_start)
+            _keep_pace(scene, options)
         _write_files(options, session, seen, objects, staging, result, [*warnings, *seen.warnings])
         session.check()
         files = staging.commit()
@@ -260,13 +263,27 @@ def _in_background(function: Callable[[], Any]) -> Callable[[], Any]:
     return wait
 
 
-def _fit_request(seen: Snapshot, settings: Settings, folder: Path) -> Request:
-    """A request with the user's video and its cameras instead of pictures of our own."""
-    from .image_sequences import read_cameras, read_views
-    from .sources import fit_request
+def _fit_request(seen: Snapshot, settings: Settings, folder: Path, frames: int | None) -> Request:
+    """A request with the user's video and its cameras instead of pictures of our own; the result has its frames by default."""
+    from .slices import finished
+    from .sources import from_folder
 
-    video = read_views(folder)  # [V, F, H, W, C]
-    return fit_request(seen, settings, video, *read_cameras(folder, len(video), *video.shape[2:4]))
+    request = finished(from_folder(seen, settings, folder))
+    if frames is None:
+        request.settings = replace(settings, frames=max(2, request.arrays["video"].shape[1]))
+    return request
+
+
+def _keep_pace(scene: bpy.types.Scene, options: argparse.Namespace) -> None:
+    """Gives the scene the frame rate with which the result lasts as long as the video, where that is known.
+
+    A .blend keeps its own rate: other things move in it. Whole rates alone, since glTF's exporter takes no others.
+    """
+    from .image_sequences import duration
+
+    seconds = None if options.task != "fit" or suffix(options.file) == ".blend" else duration(options.video)
+    if seconds:
+        scene.render.fps, scene.render.fps_base = max(1, round((options.frames - 1) / seconds)), 1.0
 
 
 def _result_of(job_id: str, home: Path | None, session: Session) -> Result:
@@ -324,14 +341,17 @@ def _write_files(
     result: Result,
     warnings: list[dict[str, str]],
 ) -> None:
+    import bpy
+
     from .apply.gaussian_cloud import placed, splats_of_result
     from .export import write, write_splats
 
+    render = bpy.context.scene.render
     with session.stage("export"):
         for done, path in enumerate(options.out):
             session.progress("export", done, len(options.out))
             if suffix(path) in SPLATS:
-                write_splats(placed(splats_of_result(result), seen.to_world), staging.place(path))
+                write_splats(placed(splats_of_result(result, render.fps / render.fps_base), seen.to_world), staging.place(path))
             else:
                 write(objects, staging.place(path), options.morph_normals)
         session.progress("export", len(options.out), len(options.out))
@@ -342,8 +362,6 @@ def _write_files(
             title = f"{what}  -  {options.file.name}, seed {options.seed}, preset {options.preset}"
             write_sheet(result.arrays["video"], title, staging.place(options.sheet))
     if options.report:
-        import bpy
-
         report = result.report | {
             "warnings": [*warnings, *result.report.get("warnings", ())],
             "client_seconds": session.seconds,

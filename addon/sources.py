@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SIZE = 256  # pixels; the server works at this size
 FILMED_FRAMES = 16  # of another object's motion; as many as the videos of Track4DGen have
-MOST_FRAMES = 48  # of a video; of a longer one, frames at even distances are taken
+MOST_FRAMES = 64  # of a video, as many as the server fits; of a longer one, frames at even distances are taken
 Steps = Generator[tuple[int, int] | None, None, Request]  # yields steps done and steps in all
 
 
@@ -93,20 +93,33 @@ def from_files(seen: Snapshot, settings: Settings, views: dict[float, Path], siz
         settings: of the task "fit".
         views: video, picture of a sequence, or folder of pictures, by the azimuth of its camera in degrees (0 sees the
             object's front, 90 its left); or one folder with view_0, view_1, ... and cameras.json.
-        size: larger square pictures are reduced to it.
+        size: the longer side of larger pictures is reduced to it.
 
     Raises:
         InputError: missing_file, no_views, unreadable_file, sizes_differ, bad_cameras, missing_cameras.
     """
     if len(views) == 1 and image_sequences.is_multi_view(path := next(iter(views.values()))):
-        video = yield from image_sequences.views_steps(path)
-        viewmats, Ks, space = image_sequences.read_cameras(path, len(video), *video.shape[2:4])
-        return fit_request(seen, settings, video, viewmats, Ks, space)
+        return (yield from from_folder(seen, settings, path, size))
     films = yield from image_sequences.films_steps(list(views.values()))
-    chosen = np.linspace(0, len(films[0]) - 1, min(len(films[0]), MOST_FRAMES)).round().astype(int)
-    video = yield from image_sequences.pictures_steps([[film[index] for index in chosen] for film in films], size)
+    video = yield from image_sequences.pictures_steps([image_sequences.spread(film, MOST_FRAMES) for film in films], size)
     viewmats = orbit_viewmats(list(views)).astype(np.float64)
     return fit_request(seen, settings, video, viewmats, intrinsics(video.shape[3], len(views)))
+
+
+def from_folder(seen: Snapshot, settings: Settings, folder: Path, size: int = SIZE) -> Steps:
+    """A request whose motion is in a multi-view video: a folder with view_0, view_1, ..., mask_0, ... and cameras.json.
+
+    Args:
+        as `from_files`.
+
+    Raises:
+        InputError: also bad_masks.
+    """
+    width, height = image_sequences.picture_size(folder)
+    viewmats, Ks, space = image_sequences.read_cameras(folder, image_sequences.count_views(folder), height, width)
+    video = yield from image_sequences.views_steps(folder, size, MOST_FRAMES)
+    Ks[:, :2] *= np.array([[video.shape[3] / width], [video.shape[2] / height]])
+    return fit_request(seen, settings, video, viewmats, Ks, space)
 
 
 def fit_request(

@@ -71,8 +71,9 @@ def animate(mesh: Path, out: Outputs, prompt: Annotated[str, typer.Option(help='
 
 @app.command()
 def fit(mesh: Path, out: Outputs,
-        video: Annotated[Path, typer.Option(help="Folder with view_0/, view_1/, ... and cameras.json.")],
-        seed: Seed = 0, frames: Frames = 16, preset: PresetName = "default", front: Front = "-Y", strength: Strength = 1.0,
+        video: Annotated[Path, typer.Option(help="Folder with view_0/, view_1/, ..., maybe mask_0/, ..., and cameras.json.")],
+        frames: Annotated[int | None, typer.Option(help="Frames of the result; the video's own number without it.")] = None,
+        seed: Seed = 0, preset: PresetName = "default", front: Front = "-Y", strength: Strength = 1.0,
         loop: Loop = False, keep_root: KeepRoot = False, pin: Pin = "", home: Home = None,
         preview: Extra = None, sheet: Extra = None, report: Extra = None, morph_normals: Normals = False) -> None:
     """Make the mesh of a file move as in a multi-view video."""
@@ -148,7 +149,7 @@ def train_motion(out: Annotated[Path, typer.Option(help="Folder for checkpoints 
               report=lambda stage, step, total, preview=None: progress.update(bar, completed=step, total=total))
 
 
-def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], settings: tuple[int, int, str, str],
+def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], settings: tuple[int, int | None, str, str],
                    home: Path | None, preview: Path | None, sheet: Path | None, report: Path | None,
                    morph_normals: bool = False) -> None:
     """Runs the client in its own process, where bpy lives, and draws its progress.
@@ -159,7 +160,7 @@ def blender_client(task: str, mesh: Path, what: list[str], out: list[Path], sett
     require_bpy()
     seed, frames, preset, front = settings
     command = [sys.executable, "-m", "track4d_addon.headless", task, str(mesh), *what,
-               f"--seed={seed}", f"--frames={frames}", f"--preset={preset}", f"--front={front}"]
+               f"--seed={seed}", f"--preset={preset}", f"--front={front}", *([] if frames is None else [f"--frames={frames}"])]
     for path in out:
         command += ["--out", str(path)]
     for flag, value in (("--home", home), ("--preview", preview), ("--sheet", sheet), ("--report", report)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import bpy
 import numpy as np
 import pytest
 from PIL import Image
-from track4d_addon import capture, headless, image_sequences, scene_io
+from track4d_addon import capture, headless, image_sequences, scene_io, sources
+from track4d_addon.slices import finished
 from track4d_protocol.client import Client
 from track4d_protocol.errors import InputError
 from track4d_protocol.keys import read_connection
+from track4d_protocol.messages import Settings
 from track4d_protocol.space import canonical_similarity, intrinsics, orbit_viewmats
 from track4d_protocol.splat_files import read_ply, read_t4d
 
@@ -270,6 +273,20 @@ def write_views(folder: Path, views: int = 4, frames: int = 3, size: int = 32, m
             Image.new(mode, (size, size), color).save(folder / f"view_{view}" / f"{frame:04d}.png")
 
 
+def write_films(folder: Path, views: int, frames: int, size: int, rate: int) -> None:
+    """Films that grow lighter."""
+    av = pytest.importorskip("av", reason="PyAV isn't installed")
+    folder.mkdir(exist_ok=True)
+    for view in range(views):
+        with av.open(str(folder / f"view_{view}.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=rate)
+            stream.width = stream.height = size
+            for frame in range(frames):
+                picture = np.full((size, size, 3), 60 * frame, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+
+
 def test_a_video_moves_the_mesh(asset, home, tmp_path) -> None:
     write_views(tmp_path / "video")
     code, lines = finish(
@@ -292,6 +309,82 @@ def test_a_video_moves_the_mesh(asset, home, tmp_path) -> None:
     assert report["first_pixels"] == [[[50 * v, 80 * f, 7] for f in range(3)] for v in range(4)]
 
 
+def test_large_films_are_sent_small_and_keep_their_length_and_pace(asset, home, tmp_path) -> None:
+    """Five frames of 720 pixels at ten a second: 0.4 s of the mesh, and 256 pixels on the way to the server."""
+    write_films(tmp_path / "video", views=4, frames=5, size=720, rate=10)
+    code, lines = finish(
+        client(
+            "fit",
+            asset("static_spot.glb"),
+            "--video",
+            tmp_path / "video",
+            "--home",
+            home,
+            "--out",
+            tmp_path / "a.glb",
+            "--out",
+            tmp_path / "a.t4d",
+            "--report",
+            tmp_path / "r.json",
+        )
+    )
+    assert code == 0, lines[-1]
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["arrived"]["video"] == [4, 5, 256, 256, 3]
+    assert report["asked"]["frames"] == report["settings"]["frames"] == 5
+    data = (tmp_path / "a.glb").read_bytes()
+    document = json.loads(data[20 : 20 + int.from_bytes(data[12:16], "little")])
+    (times,) = {sampler["input"] for animation in document["animations"] for sampler in animation["samplers"]}
+    assert document["accessors"][times]["max"][0] - document["accessors"][times]["min"][0] == pytest.approx(0.4, abs=1e-3)
+    assert read_t4d(tmp_path / "a.t4d").fps == 10
+
+
+def test_larger_pictures_are_reduced_with_their_cameras(kit, tmp_path) -> None:
+    (tmp_path / "view_0").mkdir()
+    picture = np.zeros((300, 600, 4), np.uint8)
+    picture[:, 101:] = (200, 30, 10, 255)
+    Image.fromarray(picture).save(tmp_path / "view_0" / "a.png")
+    K = [[500.0, 0, 300], [0, 500, 150], [0, 0, 1]]
+    (tmp_path / "cameras.json").write_text(json.dumps({"viewmats": np.eye(4)[None].tolist(), "Ks": [K], "fps": 8}))
+    seen = capture.snapshot([kit.make_cone()])
+    request = finished(sources.from_folder(seen, Settings(task="fit"), tmp_path, size=100))
+    video = request.arrays["video"]
+    assert video.shape == (1, 1, 50, 100, 4)
+    assert not video[..., :16, 3].any() and (video[..., 17:, 3] == 255).all()
+    assert video[0, 0, 25, 16].tolist() == [200, 30, 10, 43]  # a sixth of it; nothing of the background is in the colour
+    np.testing.assert_allclose(request.arrays["Ks"][0], np.diag([1 / 6, 1 / 6, 1]) @ K, rtol=1e-6)
+    assert image_sequences.duration(tmp_path) == 0
+    (tmp_path / "cameras.json").write_text(json.dumps({"fps": "many"}))
+    with pytest.raises(InputError) as caught:
+        image_sequences.duration(tmp_path)
+    assert caught.value.code == "bad_cameras"
+
+
+def test_long_videos_are_thinned_and_masks_make_them_transparent(tmp_path) -> None:
+    write_views(tmp_path, views=2, frames=9, size=16)
+    for view in range(2):
+        (tmp_path / f"mask_{view}").mkdir()
+        for frame in range(9):
+            mask = np.zeros((16, 16), np.uint8)
+            mask[frame:, 8 * view :] = 255
+            Image.fromarray(mask).save(tmp_path / f"mask_{view}" / f"{frame}.png")
+    video = image_sequences.read_views(tmp_path, most=3)
+    assert video.shape == (2, 3, 16, 16, 4)
+    for k, frame in enumerate((0, 4, 8)):
+        with Image.open(tmp_path / "view_1" / f"{frame:04d}.png") as picture:
+            np.testing.assert_array_equal(video[1, k, ..., :3], np.asarray(picture))
+    for view in range(2):
+        for k, frame in enumerate((0, 4, 8)):
+            inside = video[view, k, ..., 3] == 255
+            assert inside[frame:, 8 * view :].all() and inside.sum() == (16 - frame) * (16 - 8 * view)
+    (tmp_path / "mask_1").rename(tmp_path / "kept")
+    with pytest.raises(InputError) as caught:
+        image_sequences.read_views(tmp_path)
+    assert caught.value.code == "bad_masks"
+    shutil.rmtree(tmp_path / "mask_0")
+    assert image_sequences.read_views(tmp_path).shape == (2, 9, 16, 16, 3)
+
+
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("RGBA", 4)])
 def test_pictures_come_back_as_they_are(tmp_path, mode, channels) -> None:
     write_views(tmp_path, views=2, frames=2, mode=mode)
@@ -309,15 +402,8 @@ def test_pictures_are_the_right_way_up(tmp_path) -> None:
 
 
 def test_films(tmp_path) -> None:
-    av = pytest.importorskip("av", reason="PyAV isn't installed")
-    for view in range(2):
-        with av.open(str(tmp_path / f"view_{view}.mp4"), "w") as container:
-            stream = container.add_stream("mpeg4", rate=24)
-            stream.width = stream.height = 32
-            for frame in range(4):
-                picture = np.full((32, 32, 3), 60 * frame, np.uint8)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
+    write_films(tmp_path, views=2, frames=4, size=32, rate=24)
+    assert image_sequences.duration(tmp_path) == pytest.approx(3 / 24)
     video = image_sequences.read_views(tmp_path)
     assert video.shape == (2, 4, 32, 32, 3) and np.abs(video[0, :, 16, 16, 0] - np.arange(4) * 60.0).max() < 8
 

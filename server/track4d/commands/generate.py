@@ -209,7 +209,8 @@ def write_views(folder: Path, video: np.ndarray, viewmats: np.ndarray, Ks: np.nd
             (part / f"view_{v}").mkdir(parents=True)
             for f, picture in enumerate(view):
                 Image.fromarray(picture).save(part / f"view_{v}" / f"{f:04d}.png")
-        cameras = {"viewmats": np.asarray(viewmats).tolist(), "Ks": np.asarray(Ks).tolist(), "space": "canonical"}
+        cameras = {"viewmats": np.asarray(viewmats).tolist(), "Ks": np.asarray(Ks).tolist(), "space": "canonical",
+                   "fps": RATE}
         (part / "cameras.json").write_text(json.dumps(cameras))
         if folder.is_dir():
             folder.rmdir()

@@ -140,5 +140,5 @@ def _plain_background(view: np.ndarray, index: int) -> np.ndarray:
     if plain < 0.6:
         raise InputError("no_mask", f"View {index} of the video has no transparency and no plain background "
                          f"(only {plain:.0%} of its border has one colour).",
-                         "Give pictures with an alpha channel, or film before a plain background.")
+                         "Give pictures with an alpha channel or masks beside them, or film before a plain background.")
     return color
