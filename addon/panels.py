@@ -161,7 +161,10 @@ def draw_settings(layout: bpy.types.UILayout, context: bpy.types.Context) -> Non
     settings, scene, obj = context.scene.track4d, context.scene, context.object
     layout.use_property_split = True
     layout.use_property_decorate = False
-    for name in ("source", "front", "preset", "output"):
+    layout.prop(settings, "source")
+    if settings.source == "PROMPT":
+        layout.prop(settings, "model")
+    for name in ("front", "preset", "output"):
         layout.prop(settings, name)
     if settings.output in ("gaussian_cloud", "all"):
         layout.prop(settings, "cloud_colors")

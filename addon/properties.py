@@ -22,6 +22,10 @@ PRESETS = (
     ("fine", "Fine", "More Gaussians and more work on motion and colours"),
     ("paper", "As in the Paper", "The recipe of Track4DGen's paper, which takes hours on a CPU"),
 )
+MODELS = (
+    ("motion", "Track4D", "The small generator that ships with Track4D: seconds, and simple motions"),
+    ("published", "Animate3D", "The published video model, by weights that are yours to download: hours on a CPU"),
+)
 SOURCES = (
     ("PROMPT", "Prompt", "The motion is imagined from a sentence"),
     ("VIDEO", "Video", "The motion is that of one to four videos, one per side"),
@@ -39,8 +43,8 @@ COLORS = (
     ("FIXED", "From Where the Camera Is Now", "The colours are those seen along the camera's present direction, from everywhere"),
 )
 REMEMBERED = (
-    "prompt", "seed", "frames", "preset", "front", "strength", "loop", "keep_root", "pin_group", "output", "cloud_colors",
-    "source", "view_front", "view_left", "view_back", "view_right",
+    "prompt", "seed", "frames", "preset", "model", "front", "strength", "loop", "keep_root", "pin_group", "output",
+    "cloud_colors", "source", "view_front", "view_left", "view_back", "view_right",
 )  # fmt: skip
 
 
@@ -112,6 +116,9 @@ class Track4DSettings(bpy.types.PropertyGroup):
         options=set(),
     )
     preset: bpy.props.EnumProperty(name="Quality", items=PRESETS, default="default", options=set())
+    model: bpy.props.EnumProperty(
+        name="Model", description="What imagines the motion", items=MODELS, default="motion", options=set()
+    )
     front: bpy.props.EnumProperty(
         name="Front",
         description="Direction in which the object looks: with a wrong front, a fox runs sideways",
@@ -152,6 +159,7 @@ class Track4DSettings(bpy.types.PropertyGroup):
             preset=self.preset,
             front=self.front,
             task="animate" if self.source == "PROMPT" else "fit",
+            model=self.model if self.source == "PROMPT" else "motion",
             strength=self.strength,
             loop=self.loop,
             keep_root=self.keep_root,

@@ -24,7 +24,7 @@ from track4d_addon import (
     turns,
 )
 from track4d_protocol.errors import InputError
-from track4d_protocol.messages import PRESETS, Settings
+from track4d_protocol.messages import MODELS, PRESETS, Settings
 from track4d_protocol.space import canonical_similarity, orbit_viewmats
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,6 +208,7 @@ def test_choices_are_those_of_the_protocol(addon) -> None:
     from track4d_addon import apply, lighting
 
     assert tuple(item[0] for item in properties.PRESETS) == PRESETS
+    assert tuple(item[0] for item in properties.MODELS) == MODELS
     assert tuple(item[0] for item in properties.OUTPUTS) == apply.KINDS
     strengths = bpy.context.scene.track4d.lights.strengths()
     assert strengths == pytest.approx({name: lamp.strength for name, lamp in lighting.RIG.items()})
@@ -219,11 +220,12 @@ def test_choices_are_those_of_the_protocol(addon) -> None:
 def test_settings_come_back_from_what_a_result_remembers(addon, cone) -> None:
     settings = bpy.context.scene.track4d
     settings.prompt, settings.seed, settings.strength, settings.loop, settings.output = " it rolls ", 7, 1.5, True, "all"
-    settings.source_object = cone
+    settings.source_object, settings.model = cone, "published"
     kept = settings.to_dict()
     message = settings.to_message()
+    assert message.model == "published"
     assert (message.prompt, message.seed, message.strength, message.loop, message.task) == ("it rolls", 7, 1.5, True, "animate")
-    for name in ("prompt", "seed", "strength", "loop", "output"):
+    for name in ("prompt", "seed", "strength", "loop", "output", "model"):
         settings.property_unset(name)
     settings.source_object = None
     settings.use(kept)
