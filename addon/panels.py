@@ -201,7 +201,7 @@ def draw_lights(layout: bpy.types.UILayout, context: bpy.types.Context) -> None:
     layout.operator("track4d.write_lit", icon="EXPORT")
 
 
-def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> None:
+def draw_server(layout: bpy.types.UILayout, state: State, width: int) -> None:
     """What is known of the server, or what keeps it away and the button that helps."""
     from . import jobs
 
@@ -211,7 +211,7 @@ def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> N
             column.label(text=line, icon=icon if number == 0 else "BLANK1", translate=False)
     if state.setup.state in ("interrupted", "failed"):
         box = layout.box()
-        _draw_text(box, state.setup.text, width, "ERROR")
+        draw_text(box, state.setup.text, width, "ERROR")
         box.operator("track4d.set_up_server", text="Go On Setting Up")
     if state.server_problem is not None:
         draw_problem(layout.box(), state.server_problem, width)
@@ -219,7 +219,7 @@ def draw_server(layout: bpy.types.UILayout, state: State, width: int = 600) -> N
 
 def draw_problem(layout: bpy.types.UILayout, problem: Problem, width: int, dismissable: bool = False) -> None:
     """What is wrong, what to do, its code, and a button that does it where there is one."""
-    _draw_text(layout, f"{problem.message} {problem.action} [{problem.code}]", width, "ERROR")
+    draw_text(layout, f"{problem.message} {problem.action} [{problem.code}]", width, "ERROR")
     if problem.code in FIXES:
         operator, text, values = FIXES[problem.code]
         button = layout.operator(operator, text=text)
@@ -238,11 +238,11 @@ def draw_problem(layout: bpy.types.UILayout, problem: Problem, width: int, dismi
 def _draw_warnings(layout: bpy.types.UILayout, warnings: list[Problem], width: int) -> None:
     box = layout.box()
     for warning in warnings:
-        _draw_text(box, f"{warning.message} {warning.action}", width, "INFO")
+        draw_text(box, f"{warning.message} {warning.action}", width, "INFO")
     box.operator("track4d.dismiss_error", icon="X")
 
 
-def _draw_text(layout: bpy.types.UILayout, text: str, width: int, icon: str) -> None:
+def draw_text(layout: bpy.types.UILayout, text: str, width: int, icon: str) -> None:
     column = layout.column(align=True)
     column.scale_y = 0.8
     for number, line in enumerate(wrap(text, width)):
@@ -255,7 +255,7 @@ def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int, several: b
     box = layout.box()
     text = f"{job.objects[0]}: {job.prompt}" if job.objects else job.prompt
     seed = job.order.settings.get("seed", 0)
-    _draw_text(box, f"{text}, seed {seed}" if seed or several else text, width, "ARMATURE_DATA")
+    draw_text(box, f"{text}, seed {seed}" if seed or several else text, width, "ARMATURE_DATA")
     box.progress(factor=job.step / job.total if job.total else 0.0, text=job_text(job))
     picture = previews.icon(job.id)
     if picture:
@@ -301,7 +301,7 @@ def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None, widt
     if record is None:
         return
     about = [record.get("model", ""), record.get("settings", {}).get("preset", ""), _day(record.get("made", 0.0))]
-    _draw_text(box, ", ".join(filter(None, about)), width, "INFO")
+    draw_text(box, ", ".join(filter(None, about)), width, "INFO")
     for operator, icon in (("track4d.use_settings", "COPYDOWN"), ("track4d.again", "FILE_REFRESH")):
         box.operator(operator, icon=icon).take = shown
     box.operator_menu_enum("track4d.output_as", "output", icon="OUTPUT")

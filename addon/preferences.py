@@ -86,20 +86,20 @@ class Track4DPreferences(bpy.types.AddonPreferences):
         """The folder of this computer's server."""
         return _path(self.home) or default_home()
 
-    def draw(self, _context: bpy.types.Context) -> None:
+    def draw(self, context: bpy.types.Context) -> None:
         from . import jobs, panels
 
-        layout = self.layout
+        layout, width = self.layout, context.region.width - 40  # the boxes around it
         layout.use_property_split = True
         layout.prop(self, "server")
         if self.server == "LOCAL":
-            _draw_setup(layout.box(), self, jobs.state.setup)
+            _draw_setup(layout.box(), self, jobs.state.setup, width)
             layout.prop(self, "python")
             layout.prop(self, "home")
         else:
             layout.prop(self, "connection_file")
             layout.prop(self, "address")
-        panels.draw_server(layout, jobs.state)
+        panels.draw_server(layout, jobs.state, width)
         row = layout.row(align=True)
         if jobs.state.server_problem is None or jobs.state.server_problem.code not in panels.FIXES:
             text = "Start the Server" if self.server == "LOCAL" else "Connect"
@@ -107,18 +107,20 @@ class Track4DPreferences(bpy.types.AddonPreferences):
         row.operator("track4d.copy_report", icon="COPYDOWN")
 
 
-def _draw_setup(layout: bpy.types.UILayout, chosen: Track4DPreferences, setup: Status) -> None:
+def _draw_setup(layout: bpy.types.UILayout, chosen: Track4DPreferences, setup: Status, width: int) -> None:
     """The environment that Track4D makes for the server, or the buttons that make it."""
+    from .panels import draw_text
+
     if setup.busy:
         factor = (setup.step - 1 + setup.fraction) / setup.total if setup.step else 0.0
         layout.progress(factor=factor, text=setup.text)
         layout.operator("track4d.stop_setup", icon="CANCEL")
         return
     if setup.state == "ready":
-        layout.label(text=f"Server {setup.version} is set up in {chosen.server_home()}", icon="CHECKMARK")
+        draw_text(layout, f"Server {setup.version} is set up in {chosen.server_home()}", width, "CHECKMARK")
     else:
         text = setup.text or "The server takes about 5 GB, most of it PyTorch, which comes from the Python package index"
-        layout.label(text=text, icon="INFO" if setup.state == "absent" else "ERROR")
+        draw_text(layout, text, width, "INFO" if setup.state == "absent" else "ERROR")
         layout.prop(chosen, "setup_python")
         layout.prop(chosen, "setup_package")
     row = layout.row(align=True)

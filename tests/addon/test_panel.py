@@ -23,6 +23,7 @@ from track4d_addon import (
     sources,
     turns,
 )
+from track4d_addon.local_setup import Status
 from track4d_protocol.errors import InputError
 from track4d_protocol.messages import MODELS, PRESETS, Settings
 from track4d_protocol.space import canonical_similarity, orbit_viewmats
@@ -172,6 +173,19 @@ def test_every_part_can_be_drawn(addon, cone, source) -> None:
     wanted = {"PROMPT": "[VIEW3D_MT_track4d_prompts]", "VIDEO": "(Left)", "OBJECT": "(Moves As)"}
     assert [name for name, text in wanted.items() if text in found] == [source]
     assert drawn(None, jobs.State())
+
+
+@pytest.mark.parametrize("setup", [Status(), Status("installing", "Making the environment", 1),
+                                   Status("interrupted", "The set-up was interrupted.", 2),
+                                   Status("ready", "The server is installed.", 3, version="1.2")])  # fmt: skip
+def test_the_preferences_can_be_drawn_and_nothing_is_cut(addon, monkeypatch, setup) -> None:
+    chosen = bpy.context.preferences.addons["track4d_addon"].preferences
+    monkeypatch.setattr(jobs.state, "setup", setup)
+    for server in ("LOCAL", "FILE"):
+        part = SimpleNamespace(layout=Layout(), server=server, bl_rna=chosen.bl_rna, server_home=chosen.server_home)
+        type(chosen).draw(part, SimpleNamespace(region=SimpleNamespace(width=480)))
+        assert f"({'Connection File' if server == 'FILE' else 'Server Folder'})" in part.layout.log
+        assert all(len(text) < 75 for text in part.layout.log if " " in text), "a line of 480 pixels"
 
 
 def test_every_button_that_fixes_exists(addon) -> None:
