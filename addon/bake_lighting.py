@@ -117,7 +117,7 @@ class Log:
 
     def failure(self, name: str, key: str) -> dict[str, Any] | None:
         """The error with which a file failed when it was last tried, if it was the same file with the same settings."""
-        last = next((line for line in reversed(self.lines()) if "retry" in line or line["file"] == name), {})
+        last: dict[str, Any] = next((line for line in reversed(self.lines()) if "retry" in line or line["file"] == name), {})
         return last.get("error") if last.get("key") == key else None
 
     def forgive(self) -> None:

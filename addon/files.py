@@ -81,7 +81,7 @@ class Staging:
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for folder, _ in self._folders:
             folder.cleanup()
 

@@ -105,12 +105,12 @@ def duration(folder: Path | str) -> float | None:
         with _movie(source) as (_, length, rate):
             return (length - 1) / rate if rate > 0 else None
     path = Path(folder) / "cameras.json"
-    rate = _read_json(path).get("fps") if path.is_file() else None
-    if rate is None:
+    fps = _read_json(path).get("fps") if path.is_file() else None
+    if fps is None:
         return None
-    if not isinstance(rate, (int, float)) or not rate > 0:
-        raise InputError("bad_cameras", f"'{path}' holds fps {rate!r}.", "Give the frames per second as a number.")
-    return (len(film(source)) - 1) / rate
+    if not isinstance(fps, (int, float)) or not fps > 0:
+        raise InputError("bad_cameras", f"'{path}' holds fps {fps!r}.", "Give the frames per second as a number.")
+    return (len(film(source)) - 1) / fps
 
 
 def films_steps(sources: Sequence[Path]) -> Generator[None, None, list[list[Frame]]]:

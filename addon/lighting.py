@@ -299,7 +299,8 @@ def surface_splats(vertices: np.ndarray, triangles: np.ndarray, colors: np.ndarr
     scales = np.concatenate([np.stack([0.2 * disc, disc, disc], 1), spread * [0, 1, 1] + spread[:, 1:2] * [0.2, 0, 0]])
     looks = np.concatenate([colors[used], colors[triangles].mean(1)])
     arrays = (means[None], quats[None], np.maximum(scales, 1e-9), np.full(len(means), 0.95), ((looks - GREY) / C0)[:, None, None])
-    return Splats(*(np.ascontiguousarray(array, np.float32) for array in arrays))
+    means, quats, scales, opacities, sh = (np.ascontiguousarray(array, np.float32) for array in arrays)
+    return Splats(means, quats, scales, opacities, sh)
 
 
 def _facing(normals: np.ndarray) -> np.ndarray:

@@ -42,7 +42,8 @@ def erase(owner: bpy.types.ID) -> None:
 def takes(keys: bpy.types.Key | None) -> dict[str, list[str]]:
     """Names of the shape keys of each take, those that still exist."""
     found = read(keys).get("takes", {})
-    return {take: [name for name in names if name in keys.key_blocks] for take, names in found.items()}
+    blocks = keys.key_blocks if keys else ()
+    return {take: [name for name in names if name in blocks] for take, names in found.items()}
 
 
 def shown(keys: bpy.types.Key | None) -> str:

@@ -282,7 +282,7 @@ def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None, widt
         play = row.operator("track4d.play", icon="PLAY")
         play.frame_start, play.frame_end = int(first), int(-(-last // 1))
         row.operator("track4d.remove_animation", text="Remove", icon="TRASH")
-    cloudy = bool(record) and record.get("settings", {}).get("output") in ("gaussian_cloud", "all")
+    cloudy = record is not None and record.get("settings", {}).get("output") in ("gaussian_cloud", "all")
     if cloudy or obj.hide_viewport or obj.hide_render:
         row = box.row(align=True)
         row.label(text="The mesh in the cloud" if cloudy else "The mesh is hidden")
@@ -300,8 +300,8 @@ def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None, widt
         column.label(text=f"{len(records) - len(newest)} older")
     if record is None:
         return
-    about = [record.get("model", ""), record.get("settings", {}).get("preset", ""), _day(record.get("made", 0.0))]
-    draw_text(box, ", ".join(filter(None, about)), width, "INFO")
+    details = [record.get("model", ""), record.get("settings", {}).get("preset", ""), _day(record.get("made", 0.0))]
+    draw_text(box, ", ".join(filter(None, details)), width, "INFO")
     for operator, icon in (("track4d.use_settings", "COPYDOWN"), ("track4d.again", "FILE_REFRESH")):
         box.operator(operator, icon=icon).take = shown
     box.operator_menu_enum("track4d.output_as", "output", icon="OUTPUT")

@@ -33,7 +33,7 @@ def gaussian_cloud(
     name: str,
     frame_start: int = 1,
     step: float = 1.0,
-    matrix: Sequence[Sequence[float]] | None = None,
+    matrix: np.ndarray | Sequence[Sequence[float]] | None = None,
     direction: Sequence[float] | None = None,
 ) -> bpy.types.Object:
     """Adds a cloud to the scene's collection, with its stack as a hidden child.
@@ -80,7 +80,8 @@ def look(splats: Splats, direction: Sequence[float] | None = None) -> Look:
         points |= {_coefficient(k, w): splats.sh[:, k, w] for k in range(harmonics) for w in range(terms)}
     else:  # colours of one direction: a cosine series of their own
         looking = np.array([0.0, 0.0, -1.0]) if direction is None else np.asarray(direction, np.float64)
-        basis = np.array(sh_rows(*looking / np.linalg.norm(looking), splats.degree))
+        x, y, z = looking / np.linalg.norm(looking)
+        basis = np.array(sh_rows(x, y, z, splats.degree))
         points |= {_coefficient(0, w): np.tensordot(splats.sh[:, :, w], basis, (1, 0)) for w in range(terms)}
     degree = splats.degree if towards_camera else 0
     points = {name: np.ascontiguousarray(values, np.float32) for name, values in points.items()}
@@ -88,7 +89,7 @@ def look(splats: Splats, direction: Sequence[float] | None = None) -> Look:
 
 
 def build_cloud(
-    shown: Look, name: str, frame_start: int = 1, step: float = 1.0, matrix: Sequence[Sequence[float]] | None = None
+    shown: Look, name: str, frame_start: int = 1, step: float = 1.0, matrix: np.ndarray | Sequence[Sequence[float]] | None = None
 ) -> bpy.types.Object:
     """Makes the objects of `gaussian_cloud`."""
     stack = _points(f"{name} frames", shown.places, {"rotation": shown.turns})
@@ -154,24 +155,24 @@ def splats_of_result(result: Result, fps: float = 24.0) -> Splats:
     return Splats(means, quats, scales, opacities, sh, fps)
 
 
-def placed(splats: Splats, matrix: Sequence[Sequence[float]]) -> Splats:
+def placed(splats: Splats, matrix: np.ndarray | Sequence[Sequence[float]]) -> Splats:
     """The same Gaussians under a matrix [4][4] that turns, moves, and scales along all axes alike.
 
     Raises:
         InputError: sheared_cloud.
     """
-    matrix = np.array(matrix, np.float64)
-    size = np.cbrt(np.linalg.det(matrix[:3, :3]))
-    if size <= 0 or np.abs(matrix[:3, :3].T @ matrix[:3, :3] / size**2 - np.eye(3)).max() > 1e-4:
+    transform = np.array(matrix, np.float64)
+    size = np.cbrt(np.linalg.det(transform[:3, :3]))
+    if size <= 0 or np.abs(transform[:3, :3].T @ transform[:3, :3] / size**2 - np.eye(3)).max() > 1e-4:
         raise InputError(
             "sheared_cloud",
             "The Gaussian cloud is mirrored, or scaled differently along its axes.",
             "Give the cloud and its parents the same positive scale along X, Y and Z.",
         )
-    turned = splats.turned(matrix[:3, :3] / size)
+    turned = splats.turned(transform[:3, :3] / size)
     return replace(
         turned,
-        means=(turned.means * size + matrix[:3, 3]).astype(np.float32),
+        means=(turned.means * size + transform[:3, 3]).astype(np.float32),
         scales=(turned.scales * size).astype(np.float32),
     )
 
@@ -272,7 +273,7 @@ class _Number:
         return self._with(operation, self, *operands)
 
 
-def _node(tree: bpy.types.NodeTree, kind: str, inputs: Sequence[Any] | dict[str, Any] = (), **settings: Any) -> bpy.types.Node:
+def _node(tree: bpy.types.NodeTree, kind: str, inputs: Sequence[Any] | dict[Any, Any] = (), **settings: Any) -> bpy.types.Node:
     """A new node; inputs by position or name: sockets, `_Number`s, or constants."""
     node = tree.nodes.new(kind)
     for setting, value in settings.items():
@@ -349,7 +350,8 @@ def _color(
         eye = _node(tree, "GeometryNodeObjectInfo", {"Object": camera}, transform_space="RELATIVE").outputs["Location"]
         looking = _vector(tree, "NORMALIZE", _vector(tree, "SUBTRACT", place, eye))
         split = _node(tree, "ShaderNodeSeparateXYZ", [looking])
-        rows = sh_rows(*(_Number(tree, socket) for socket in split.outputs), shown.degree)
+        x, y, z = (_Number(tree, socket) for socket in split.outputs)
+        rows = sh_rows(x, y, z, shown.degree)
     total: Any = (GREY, GREY, GREY)
     for harmonic, row in enumerate(rows):
         series: Any = named(_coefficient(harmonic, 0))

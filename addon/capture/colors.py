@@ -159,7 +159,7 @@ def _coat(mesh: bpy.types.Mesh, material: bpy.types.Material | None, corners: np
     image = Image(base.image.session_uid, base.image.name) if base.image is not None else None
     uvs = _uv_layer(mesh, base.uv_map) if image else None
     name = material.name_full if material else None
-    return Coat(name, base.factor, image, uvs, np.float32(base.uv_scale), np.float32(base.uv_offset), colors)
+    return Coat(name, base.factor, image, uvs, np.array(base.uv_scale, np.float32), np.array(base.uv_offset, np.float32), colors)
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,7 @@ class BaseColors:
         Returns:
             uvs of the corners [T, 3, 2] float32, index into `textures` [T] int32.
         """
+        assert surface.loops is not None, "it was cut"
         count = len(surface.loops)
         uvs, materials = np.zeros((count, 3, 2), np.float32), np.zeros(count, np.int32)
         without_uvs = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -371,7 +371,7 @@ def _animation_of(obj: bpy.types.Object) -> str:
     return ""
 
 
-def _action_of(owner: bpy.types.ID | None, ours: set[str] = frozenset()) -> str:
+def _action_of(owner: bpy.types.ID | None, ours: Collection[str] = frozenset()) -> str:
     data = getattr(owner, "animation_data", None)
     if data is None:
         return ""

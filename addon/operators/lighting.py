@@ -20,10 +20,10 @@ class _OnMeshes:
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         if context.mode != "OBJECT":
-            cls.poll_message_set("Leave edit mode first")
+            cls.poll_message_set("Leave edit mode first")  # type: ignore[attr-defined]
             return False
         if not _meshes(context):
-            cls.poll_message_set("Select a mesh first")
+            cls.poll_message_set("Select a mesh first")  # type: ignore[attr-defined]
             return False
         return True
 

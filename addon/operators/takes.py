@@ -20,10 +20,10 @@ class _TakeOperator:
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         if context.mode != "OBJECT":
-            cls.poll_message_set("Leave edit mode first")
+            cls.poll_message_set("Leave edit mode first")  # type: ignore[attr-defined]
             return False
         if not marks.history(results.subject(context.object)):
-            cls.poll_message_set("Select an object that Track4D has animated")
+            cls.poll_message_set("Select an object that Track4D has animated")  # type: ignore[attr-defined]
             return False
         return True
 
