@@ -2,7 +2,8 @@
 
     python benchmarks/rasterise.py           the CPU rasteriser, beside its prototype where that is at hand
     python benchmarks/rasterise.py --gpu     gsplat beside it
-    python benchmarks/rasterise.py --batch   cost over the number of pictures, of the loss, and of a whole step of a fit
+    python benchmarks/rasterise.py --batch   cost over the number of pictures, of the loss, and of a whole step of a fit;
+                                             with --plot FILE.png a plot of it
 
 Both sides run in turn in one process, so that their ratio means something on a busy machine: the ratio is the median
 over the rounds of (ours / theirs). OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 gives the cost on one core. Ours is all
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 from track4d.gaussians.rasterise import picture_loss, rasterise
@@ -171,12 +173,13 @@ def torch_loss(rgb: torch.Tensor, alpha: torch.Tensor, wanted_rgb: torch.Tensor,
     return off.abs().mean() + 0.2 * off.square().mean() + (alpha - wanted_alpha).abs().mean()
 
 
-def benchmark_batch(console: Console, rounds: int) -> None:
+def benchmark_batch(console: Console, rounds: int, plot: Path | None = None) -> None:
     table = Table(title="One call over frames x views, forward + backward, CPU ms (min)")
     for column in ("Gaussians", "pixels", "frames x views", "rasteriser", "per picture", "whole step",
                    "step / rasteriser (median)", "loss, fused", "loss, torch"):
         table.add_column(column, justify="right")
-    for (gaussians, size), counts in ((CASES[0], (1, 2, 4, 8, 16)), (CASES[1], (1, 4, 16))):
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (gaussians, size), counts in ((CASES[0], (1, 2, 4, 8, 16)), (CASES[1], (1, 2, 4, 8, 16))):
         for frames in counts:
             scene = torus_scene(gaussians, size, frames)
             weights = torch.randn(frames, VIEWS, size, size, 3, generator=torch.Generator().manual_seed(2))
@@ -187,7 +190,46 @@ def benchmark_batch(console: Console, rounds: int) -> None:
             table.add_row(f"{gaussians:,}", str(size), f"{frames} x {VIEWS}", f"{1e3 * min(draw):.1f}",
                           f"{1e3 * min(draw) / (frames * VIEWS):.2f}", f"{1e3 * min(whole):.1f}", f"{ratio:.2f}",
                           f"{1e3 * min(fused):.1f}", f"{1e3 * min(plain):.1f}")
+            for what, seconds in (("rasteriser", draw), ("whole step of a fit", whole)):
+                line = lines.setdefault(f"{gaussians:,} Gaussians, {size} px, {what}", [])
+                line.append((frames * VIEWS, 1e3 * min(seconds)))
     console.print(table)
+    if plot:
+        draw_plot(plot, lines)
+
+
+def draw_plot(path: Path, lines: dict[str, list[tuple[float, float]]], width: int = 900, height: int = 560) -> None:
+    """Milliseconds over pictures, both logarithmic; behind each line a grey one through its last point: exactly linear cost."""
+    left, right, top, bottom = 90, 30, 60, 70
+    points = np.log10([point for line in lines.values() for point in line])
+    low, high = points.min(0) - 0.15, points.max(0) + 0.15  # log10 of (pictures, milliseconds)
+    picture = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        u, v = (np.log10([x, y]) - low) / (high - low)
+        return left + u * (width - left - right), height - bottom - v * (height - top - bottom)
+
+    for x in (4, 8, 16, 32, 64):
+        pen.line([place(x, 10 ** low[1]), place(x, 10 ** high[1])], "#e4e4e4")
+        pen.text((place(x, 1)[0], height - bottom + 8), str(x), "black", font, anchor="mt")
+    for y in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
+        if low[1] <= np.log10(y) <= high[1]:
+            pen.line([place(10 ** low[0], y), place(10 ** high[0], y)], "#e4e4e4")
+            pen.text((left - 8, place(1, y)[1]), str(y), "black", font, anchor="rm")
+    pen.text((left, 20), "CPU milliseconds, forward + backward", "black", font)
+    pen.text((width / 2, height - 18), "pictures in one call (frames x views)", "black", font, anchor="mb")
+    for k, (name, line) in enumerate(lines.items()):
+        color = ("#1f6fb4", "#d2691e", "#2a9245", "#8e44ad")[k % 4]
+        (x0, _), (x1, y1) = line[0], line[-1]
+        pen.line([place(x0, y1 * x0 / x1), place(x1, y1)], "#9a9a9a", 1)
+        pen.line([place(*point) for point in line], color, 2)
+        for point in line:
+            x, y = place(*point)
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), color)
+        pen.text((left + 14, top + 10 + 22 * k), name, color, font)
+    pen.text((left + 14, top + 10 + 22 * len(lines)), "grey: exactly linear", "#7a7a7a", font)
+    picture.save(path)
 
 
 def benchmark_gpu(console: Console, rounds: int) -> None:
@@ -222,6 +264,10 @@ if __name__ == "__main__":
     parser.add_argument("--gpu", action="store_true", help="compare gsplat with the CPU rasteriser")
     parser.add_argument("--batch", action="store_true", help="cost over the number of pictures, and of a step of a fit")
     parser.add_argument("--rounds", type=int, default=10, help="how often each side runs")
+    parser.add_argument("--plot", type=Path, help="write what --batch has measured as .png")
     arguments = parser.parse_args()
-    benchmark = benchmark_gpu if arguments.gpu else benchmark_batch if arguments.batch else benchmark_cpu
-    benchmark(Console(width=110), arguments.rounds)
+    console = Console(width=110)
+    if arguments.batch:
+        benchmark_batch(console, arguments.rounds, arguments.plot)
+    else:
+        (benchmark_gpu if arguments.gpu else benchmark_cpu)(console, arguments.rounds)
