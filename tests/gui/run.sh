@@ -20,6 +20,7 @@ trap 'kill $SERVER $BPID $XPID 2>/dev/null || true; rm -rf "$HOME_DIR"' EXIT
 for _ in $(seq 100); do [ -s "$HOME_DIR/connection.json" ] && break; sleep 0.2; done
 
 mkdir -p "$ROOT/gui" "$SHOTS"
+rm -rf "$ROOT"/root/.config/blender/*/extensions/{user_default,.local}  # else a wheel of the same version would stay, old as it is
 rm -f "$ROOT"/gui/{request,request.part,passed,failed,model.*}
 cp "$HOME_DIR/connection.json" "$ROOT/gui/"; echo "$PROMPT" >"$ROOT/gui/prompt"; echo "$WAIT" >"$ROOT/gui/seconds"
 [ -z "$MODEL" ] || cp "$MODEL" "$ROOT/gui/model.${MODEL##*.}"
