@@ -55,6 +55,14 @@ def check_readable(path: Path | str) -> Path:
     return path
 
 
+def unreadable(path: Path, error: Exception) -> InputError:
+    """What a user is told of a file that Blender's importers give up on."""
+    reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    return InputError(
+        "unreadable_file", f"'{path.name}' can't be read: {reason[0]}", "Open it in Blender to see what is wrong with it."
+    )
+
+
 def check_writable(path: Path | str, suffixes: Iterable[str] = WRITABLE) -> Path:
     """The absolute path of a file to be written.
 

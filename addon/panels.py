@@ -62,11 +62,23 @@ FIXES: dict[str, Fix] = {  # by error code
 WITH_LOG = {"worker_died", "worker_unusable", "internal_error", "server_not_started", "client_failed", "disk_full", "bad_result"}
 
 
-class VIEW3D_PT_track4d(bpy.types.Panel):
-    bl_label = "Track4D"
+class _Tab:
+    """Where the panels are."""
+
     bl_category = "Track4D"
     bl_space_type = "VIEW_3D"
     bl_region_type = "UI"
+
+
+class _ClosedPart(_Tab):
+    """A part of the tab that is closed at first."""
+
+    bl_parent_id = "VIEW3D_PT_track4d"
+    bl_options = {"DEFAULT_CLOSED"}
+
+
+class VIEW3D_PT_track4d(_Tab, bpy.types.Panel):
+    bl_label = "Track4D"
 
     def draw(self, context: bpy.types.Context) -> None:
         from . import jobs
@@ -75,38 +87,23 @@ class VIEW3D_PT_track4d(bpy.types.Panel):
         draw_main(self.layout, context, jobs.state)
 
 
-class VIEW3D_PT_track4d_settings(bpy.types.Panel):
+class VIEW3D_PT_track4d_settings(_ClosedPart, bpy.types.Panel):
     bl_label = "Settings"
-    bl_category = "Track4D"
-    bl_parent_id = "VIEW3D_PT_track4d"
-    bl_space_type = "VIEW_3D"
-    bl_region_type = "UI"
-    bl_options = {"DEFAULT_CLOSED"}
 
     def draw(self, context: bpy.types.Context) -> None:
         draw_settings(self.layout, context)
 
 
-class VIEW3D_PT_track4d_export(bpy.types.Panel):
+class VIEW3D_PT_track4d_export(_ClosedPart, bpy.types.Panel):
     bl_label = "Export"
-    bl_category = "Track4D"
-    bl_parent_id = "VIEW3D_PT_track4d"
-    bl_space_type = "VIEW_3D"
-    bl_region_type = "UI"
-    bl_options = {"DEFAULT_CLOSED"}
 
     def draw(self, _context: bpy.types.Context) -> None:
         self.layout.operator_context = "INVOKE_DEFAULT"
         self.layout.operator_menu_enum("track4d.export", "form", text="Export As", icon="EXPORT")
 
 
-class VIEW3D_PT_track4d_lights(bpy.types.Panel):
+class VIEW3D_PT_track4d_lights(_ClosedPart, bpy.types.Panel):
     bl_label = "Baked Light"
-    bl_category = "Track4D"
-    bl_parent_id = "VIEW3D_PT_track4d"
-    bl_space_type = "VIEW_3D"
-    bl_region_type = "UI"
-    bl_options = {"DEFAULT_CLOSED"}
 
     def draw(self, context: bpy.types.Context) -> None:
         draw_lights(self.layout, context)

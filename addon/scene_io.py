@@ -15,7 +15,7 @@ import bpy
 from mathutils import Matrix
 from track4d_protocol.errors import InputError
 
-from .files import check_readable
+from .files import check_readable, unreadable
 
 
 def load(path: Path | str) -> tuple[list[bpy.types.Object], list[dict[str, str]]]:
@@ -39,12 +39,7 @@ def load(path: Path | str) -> tuple[list[bpy.types.Object], list[dict[str, str]]
         bpy.ops.wm.read_factory_settings(use_empty=True)
         had_motion = FORMATS[path.suffix.lower()](path)
     except (RuntimeError, ValueError, KeyError, TypeError, struct.error, OSError) as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise InputError(
-            "unreadable_file",
-            f"'{path.name}' can't be read: {reason[0]}",
-            "Open it in Blender to see what is wrong with it.",
-        ) from error
+        raise unreadable(path, error) from error
     if bpy.context.object and bpy.context.object.mode != "OBJECT":
         bpy.ops.object.mode_set(mode="OBJECT")
     had_motion |= _to_rest_pose()

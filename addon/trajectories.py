@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from track4d_protocol.errors import InputError, Track4DError
 
-from .files import check_readable, leave
+from .files import check_readable, leave, unreadable
 
 if TYPE_CHECKING:
     import bpy
@@ -156,12 +156,7 @@ def open_animated(path: Path) -> Pose:
         else:
             raise InputError("unsupported_format", f"'{path.name}' can't hold clips.", "Use .glb, .gltf, .fbx or .blend.")
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error, OSError) as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise InputError(
-            "unreadable_file",
-            f"'{path.name}' can't be read: {reason[0]}",
-            "Open it in Blender to see what is wrong with it.",
-        ) from error
+        raise unreadable(path, error) from error
     return pose
 
 

@@ -287,24 +287,19 @@ def write_films(folder: Path, views: int, frames: int, size: int, rate: int) -> 
             container.mux(stream.encode())
 
 
-def test_a_video_moves_the_mesh(asset, home, tmp_path) -> None:
-    write_views(tmp_path / "video")
+def fit(mesh: Path, home: Path, folder: Path) -> dict:
+    """Fits a mesh to the video in `folder`, writes a.glb and a.t4d there, and returns the report."""
+    out = [word for name in ("a.glb", "a.t4d") for word in ("--out", folder / name)]
     code, lines = finish(
-        client(
-            "fit",
-            asset("static_spot.glb"),
-            "--video",
-            tmp_path / "video",
-            "--home",
-            home,
-            "--out",
-            tmp_path / "a.glb",
-            "--report",
-            tmp_path / "r.json",
-        )
+        client("fit", mesh, "--video", folder / "video", "--home", home, *out, "--report", folder / "r.json")
     )
     assert code == 0, lines[-1]
-    report = json.loads((tmp_path / "r.json").read_text())
+    return json.loads((folder / "r.json").read_text())
+
+
+def test_a_video_moves_the_mesh(asset, home, tmp_path) -> None:
+    write_views(tmp_path / "video")
+    report = fit(asset("static_spot.glb"), home, tmp_path)
     assert report["arrived"]["video"] == [4, 3, 32, 32, 3] and "views" not in report["arrived"]
     assert report["first_pixels"] == [[[50 * v, 80 * f, 7] for f in range(3)] for v in range(4)]
 
@@ -312,24 +307,7 @@ def test_a_video_moves_the_mesh(asset, home, tmp_path) -> None:
 def test_large_films_are_sent_small_and_keep_their_length_and_pace(asset, home, tmp_path) -> None:
     """Five frames of 720 pixels at ten a second: 0.4 s of the mesh, and 256 pixels on the way to the server."""
     write_films(tmp_path / "video", views=4, frames=5, size=720, rate=10)
-    code, lines = finish(
-        client(
-            "fit",
-            asset("static_spot.glb"),
-            "--video",
-            tmp_path / "video",
-            "--home",
-            home,
-            "--out",
-            tmp_path / "a.glb",
-            "--out",
-            tmp_path / "a.t4d",
-            "--report",
-            tmp_path / "r.json",
-        )
-    )
-    assert code == 0, lines[-1]
-    report = json.loads((tmp_path / "r.json").read_text())
+    report = fit(asset("static_spot.glb"), home, tmp_path)
     assert report["arrived"]["video"] == [4, 5, 256, 256, 3]
     assert report["asked"]["frames"] == report["settings"]["frames"] == 5
     data = (tmp_path / "a.glb").read_bytes()

@@ -21,16 +21,13 @@ def dataset_render(
     seed: Annotated[int, typer.Option(help="Other cameras, other light.")] = 0,
 ) -> None:
     """Render animated models as shards of multi-view clips with captions, cameras and exact tracks."""
-    from importlib.util import find_spec
-
-    from rich.console import Console
     from rich.progress import Progress
-    from track4d_protocol.errors import InputError, TransportError
+    from track4d_protocol.errors import InputError
     from track4d_protocol.space import FRONTS
 
-    if find_spec("bpy") is None:
-        raise TransportError("no_bpy", "Files are read and written by Blender's Python module, which is not installed here.",
-                             "Run: pip install bpy (Python 3.11 for 4.2 to 5.0, Python 3.13 for 5.1 and later).")
+    from ..cli import console, require_bpy
+
+    require_bpy()
     if cameras not in ("random", "orbit"):
         raise InputError("bad_cameras_name", f"There are no '{cameras}' cameras.", "Use random or orbit.")
     if front not in FRONTS:
@@ -38,7 +35,6 @@ def dataset_render(
     from ..training.asset_clips import LOG, RenderSettings, render_folder
 
     settings = RenderSettings(views, frames, size, renders, cameras, front, seed, surface)
-    console = Console(stderr=True, highlight=False)
     with Progress(console=console) as progress:
         bar = progress.add_task("files", total=None)
         made = render_folder(folder, out, settings, lambda stage, step, total, preview=None:
