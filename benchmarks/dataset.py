@@ -22,16 +22,17 @@ from rich.table import Table
 from track4d.training import shards
 from track4d.training.video_data import Batch, ClipShape, Procedural, Source, load_batches, make_batch
 from track4d.training.video_losses import noise_frames, position_loss
-from track4d.video.unet import MultiViewUNet, UNetConfig, camera_condition
+from track4d.video.features import FEATURE_UNET
+from track4d.video.unet import MultiViewUNet, camera_condition
 
 SHAPES = (ClipShape(4, 4, 64), ClipShape(4, 16, 64), ClipShape(4, 16, 128), ClipShape(4, 16, 256))
 STEPPED = 64  # pixels up to which a training step on a CPU is measured
 
 
 def make_step() -> Callable[[Batch], None]:
-    """A training step of the small network: noise prediction and position loss, forward, backward, AdamW."""
+    """A training step of the shipped network, in float32 as it was trained: noise and position loss, forward, backward, AdamW."""
     torch.manual_seed(0)
-    network = MultiViewUNet(UNetConfig.small())
+    network = MultiViewUNet(FEATURE_UNET)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
     name = network.config.temporal_feature
 
@@ -39,11 +40,10 @@ def make_step() -> Callable[[Batch], None]:
         count, size = len(batch.video), batch.video.shape[-1]
         noise = torch.randn_like(batch.video)
         noisy = noise_frames(batch.video, noise, torch.full((count,), 0.7), torch.full((count,), 0.1))
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = network(noisy, torch.full((count,), 300), torch.ones(count, 8, dtype=torch.long),
-                                camera_condition(batch.viewmats), features=[name])
-        loss = (predicted.sample[:, :, 1:].float() - noise[:, :, 1:]).square().mean()
-        loss = loss + position_loss(predicted.features[name].float(), batch.tracks / size, batch.visibility)
+        predicted = network(noisy, torch.full((count,), 300), torch.ones(count, 8, dtype=torch.long),
+                            camera_condition(batch.viewmats), features=[name])
+        loss = (predicted.sample[:, :, 1:] - noise[:, :, 1:]).square().mean()
+        loss = loss + position_loss(predicted.features[name], batch.tracks / size, batch.visibility)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

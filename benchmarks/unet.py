@@ -1,4 +1,4 @@
-"""What a denoising step of the video U-Net costs: predicted for both sizes, and one forward pass of the small one measured.
+"""What a denoising step of the video U-Net costs: predicted for both sizes, and one forward pass of the shipped one measured.
 
     OMP_NUM_THREADS=1 python benchmarks/unet.py               # the table, and the error of the prediction
     OMP_NUM_THREADS=1 python benchmarks/unet.py --train       # CPU time of a training step too
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-CASES = ((4, 8, 64), (4, 16, 64), (2, 16, 96))
+CASES = ((4, 8, 64), (4, 16, 64), (2, 16, 96), (4, 16, 128))
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -27,11 +27,12 @@ def resident(field: str) -> int:
 
 
 def run(views: int, frames: int, size: int) -> dict[str, float]:
-    """One forward pass of the small size in this process."""
+    """One forward pass of the shipped size in this process."""
     from track4d.plan import measure
-    from track4d.video.unet import MultiViewUNet, UNetConfig
+    from track4d.video.features import FEATURE_UNET
+    from track4d.video.unet import MultiViewUNet
 
-    network = MultiViewUNet(UNetConfig.small())
+    network = MultiViewUNet(FEATURE_UNET)
     measure(network, 1, 1, size, size, 1)
     before = resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as marks:
@@ -51,9 +52,10 @@ def measured(case: tuple[int, int, int], environment: dict[str, str]) -> dict[st
 def training_step(views: int, frames: int, size: int, checkpointing: bool) -> float:
     """CPU seconds of forward and backward of one object, after a first step that warms up."""
     import torch
-    from track4d.video.unet import MultiViewUNet, UNetConfig
+    from track4d.video.features import FEATURE_UNET
+    from track4d.video.unet import MultiViewUNet
 
-    network = MultiViewUNet(UNetConfig.small())
+    network = MultiViewUNet(FEATURE_UNET)
     network.gradient_checkpointing = checkpointing
     inputs = (torch.randn(1, views, frames, 4, size, size), torch.tensor([500]), torch.zeros(1, 8, dtype=torch.long),
               torch.randn(1, views, 16))
@@ -73,7 +75,7 @@ def main() -> None:
         return
     from rich.console import Console
     from track4d.plan import plan, show
-    from track4d.video.unet import UNetConfig
+    from track4d.video.features import FEATURE_UNET
 
     show(4, 16, None, Console(width=120))
     print("\n| views x frames x px | GFLOP predicted | counted | ratio "
@@ -81,7 +83,7 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for case in CASES:
         views, frames, size = case
-        cost = plan(UNetConfig.small(), views, frames, size, size)
+        cost = plan(FEATURE_UNET, views, frames, size, size)
         exact, usual = measured(case, RETURNED), measured(case, {})
         made, took = cost.peak - cost.weights, exact["bytes"]
         print(f"| {views} x {frames} x {size} | {cost.flops / 1e9:.1f} | {exact['flops'] / 1e9:.1f} "
