@@ -30,7 +30,8 @@ class Finding(NamedTuple):
 
 def examine(self_test: bool, console: Console) -> bool:
     """Prints the findings; True when nothing is broken."""
-    checks: list[Callable[[], Finding]] = [python, torch_device, kernels, rasteriser, transport, blender, weights, memory, disk]
+    checks: list[Callable[[], Finding]] = [python, torch_device, kernels, rasteriser, transport, blender, weights, published,
+                                           memory, disk]
     table = Table(show_header=False, box=None, pad_edge=False)
     healthy = True
     for check in checks + ([tiny_job] if self_test else []):
@@ -97,6 +98,21 @@ def weights() -> Finding:
     if not WEIGHTS.exists():
         return Finding("broken", "model", f"The shipped weights {WEIGHTS.name} are missing.", "Install the package again.")
     return Finding("ok", "model", f"{WEIGHTS.name}, {WEIGHTS.stat().st_size / 1e6:.1f} MB")
+
+
+def published() -> Finding:
+    from track4d_protocol.errors import InputError
+    from track4d_protocol.keys import default_home
+
+    from .video.checkpoints import ANIMATE3D, find_published, is_converted
+
+    place = default_home() / "models" / "published"
+    try:
+        where = place if is_converted(place) else find_published()[ANIMATE3D]
+    except InputError:
+        return Finding("ok", "published", "Animate3D's weights are not here; only --model published needs them "
+                       "(docs/multiview_video.md).")
+    return Finding("ok", "published", f"Animate3D's weights are in {where}")
 
 
 def memory() -> Finding:

@@ -83,6 +83,7 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
             video = painted(painter, stills, viewmats, settings.prompt, settings.seed, report)  # [V, F, S, S, 4]
             tracks, filming, video_Ks = None, viewmats, scale_intrinsics(Ks, video.shape[2] / stills.shape[1])
             footage = painted_footage(video, filming, video_Ks)
+            painter = painter if quality.paper else None  # its memory is needed for the rest
             shading = estimate_shading(mesh, stills, viewmats, Ks)
     elif settings.task == "animate":
         with clock("generate"):  # Stage One

@@ -78,9 +78,16 @@ def test_the_published_model_without_its_weights_says_how_to_get_them(tmp_path: 
     assert "hf download yanqinJiang/animate3d" in ended.stderr and not out.exists()
 
 
-def test_doctor_names_what_is_there(tmp_path: Path) -> None:
+def test_doctor_names_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     ended = track4d("doctor", "--no-self-test", home=tmp_path / "home")
     assert ended.returncode == 0, ended.stdout
+    assert "--model published" in ended.stdout
+    converted = tmp_path / "home" / "models" / "published"
+    converted.mkdir(parents=True)
+    for name in ("model.json", "unet.safetensors"):
+        (converted / name).touch()
+    assert str(converted) in track4d("doctor", "--no-self-test", home=tmp_path / "home").stdout.replace("\n", "")
     for subject in ("Python", "device", "rasteriser", "CURVE", "bpy", "motion.safetensors", str(tmp_path / "home")):
         assert subject in ended.stdout
 
