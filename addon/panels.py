@@ -133,7 +133,7 @@ def draw_main(layout: bpy.types.UILayout, context: bpy.types.Context, state: Sta
         _draw_job(layout, job, width, several=len(state.active) > 1)
     if state.problem is not None:
         draw_problem(layout.box(), state.problem, width, dismissable=True)
-    _draw_history(layout, context.object, width)
+    _draw_history(layout, context.object, width, state.playing)
     if state.warnings:
         _draw_warnings(layout, state.warnings, width)
     if state.finished:
@@ -261,7 +261,7 @@ def _draw_job(layout: bpy.types.UILayout, job: ActiveJob, width: int, several: b
     box.operator("track4d.cancel", icon="CANCEL").job_id = job.id
 
 
-def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None, width: int) -> None:
+def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None, width: int, playing: bool) -> None:
     """The active object's results: which one is shown, and what can be done with it."""
     from .results import shown_take, subject
 
@@ -276,7 +276,7 @@ def _draw_history(layout: bpy.types.UILayout, obj: bpy.types.Object | None, widt
         first, last = record["frames"]
         box.label(text=f"{obj.name} moves, frames {first:g} to {last:g}", icon="CHECKMARK")
         row = box.row(align=True)
-        play = row.operator("track4d.play", icon="PLAY")
+        play = row.operator("track4d.play", text="Stop" if playing else "Play", icon="PAUSE" if playing else "PLAY")
         play.frame_start, play.frame_end = int(first), int(-(-last // 1))
         row.operator("track4d.remove_animation", text="Remove", icon="TRASH")
     cloudy = record is not None and record.get("settings", {}).get("output") in ("gaussian_cloud", "all")

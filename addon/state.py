@@ -88,6 +88,7 @@ class State:
     warnings: list[Problem] = field(default_factory=list)  # of the last capture or result
     applied: dict[str, Any] | None = None  # what the last result was put on: objects, frame_start, frame_end
     last_report: dict[str, Any] = field(default_factory=dict)
+    playing: bool = False  # Blender plays the scene
 
 
 state = State()

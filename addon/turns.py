@@ -70,7 +70,7 @@ def tick() -> float:
         changed = True
     if not tasks:
         changed |= live_motion.play()
-    changed |= previews.play() | _look_at_server() | _look_at_setup()
+    changed |= previews.play() | _look_at_server() | _look_at_setup() | _look_at_playback()
     if changed:
         _redraw()
     return WORK_TICK if tasks else BUSY_TICK if state.active else IDLE_TICK
@@ -345,6 +345,14 @@ def _look_at_setup() -> bool:
     if before.state == "installing" and state.setup.state == "ready":
         jobs.attach(bpy.context, start=True)
     return before != state.setup
+
+
+def _look_at_playback() -> bool:
+    """Whether Blender began or ceased to play the scene, for which it doesn't draw the tab anew."""
+    playing = any(window.screen.is_animation_playing for window in bpy.context.window_manager.windows)
+    changed = playing != state.playing
+    state.playing = playing
+    return changed
 
 
 def _push_undo(message: str) -> None:

@@ -395,7 +395,11 @@ def test_three_variations_share_one_capture_and_lie_side_by_side(connected, cone
         assert cone.data.shape_keys.animation_data.action == marks.action_of(take)
     found = drawn(cone)
     assert {"seed 5: it rolls", "seed 6: it rolls", "seed 7: it rolls"} <= {text.strip("[]") for text in found}
-    assert "Cone moves, frames 1 to 6" in found
+    assert "Cone moves, frames 1 to 6" in found and "[Play]" in found
+    monkeypatch.setattr(jobs.state, "playing", True)
+    assert "[Stop]" in drawn(cone)
+    jobs.tick()
+    assert "[Play]" in drawn(cone), "nothing plays in a Blender without a window"
 
     settings.prompt, settings.seed, settings.keep_root, settings.frames = "other", 0, False, 20
     bpy.ops.track4d.use_settings(take=first)
