@@ -1,13 +1,14 @@
 """The registration where the video or the mesh is not what one hopes for, and what it must not move."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from track4d.geometry.mesh import Mesh, weld
 from track4d.motion.appearance import estimate_shading
-from track4d.motion.fit import check_memory, fit_motion
+from track4d.motion.fit import _recall, check_memory, fit_motion
 from track4d.motion.footage import read_footage
 from track4d.motion.nodes import build_nodes
 from track4d.motion.register import Pose, Registration, Targets
@@ -187,3 +188,26 @@ def test_a_noisy_video_is_steadied_and_a_clean_one_left_alone(bent):
     assert steady[0] is rest and missed(steady) < 0.7 * missed(poses)
     registration.misses = dict.fromkeys(registration.misses, 0.2)
     assert registration.steadied(poses) is poses
+
+
+def test_what_was_lost_is_found_when_the_motion_comes_back(bent):
+    mesh, truth, _ = bent
+    truth = truth[[0, 1, 1, 0]]
+    footage = read_footage(film(mesh, truth), VIEWMATS, KS)
+    assert footage.difference(0, 3) == 0 < footage.difference(0, 1)
+    first, welded = weld(mesh.vertices)
+    nodes = build_nodes(Mesh(mesh.vertices[first], welded[mesh.faces]), 30)
+    registration = Registration(mesh, welded, nodes, footage, np.ones(len(mesh.vertices), np.float32), 300, 20.0, 2, 0)
+    rest = Pose.at_rest(nodes)
+    right = registration.refine(registration.refine(rest, 1, 3.0), 1, 1.0)
+    lost = Pose(rest.rotations, rest.positions + 0.3 * np.clip(rest.positions[:, 2:], 0, None) * [0, 1, 0])
+    poses, views = [rest, right, lost, lost], np.zeros((4, len(mesh.vertices)), np.int64)
+    costs = [registration.cost(registration.look(pose), frame) for frame, pose in enumerate(poses)]
+    before = list(costs)
+    with ThreadPoolExecutor(1) as pool:
+        assert _recall(registration, poses, costs, views, (10, 3, 1, 1), pool)
+        assert not _recall(registration, poses, costs, views, (10, 3, 1, 1), pool)
+    assert poses[0] is rest and costs[1] <= before[1] and (views[2:] > 0).any()
+    assert costs[2] < 0.5 * before[2] and costs[3] < 0.5 * before[3]
+    for frame in (2, 3):
+        assert np.linalg.norm(registration.vertices(poses[frame]) - truth[frame], axis=1).mean() < 0.02

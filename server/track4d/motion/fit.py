@@ -23,6 +23,10 @@ from .register import COARSE, Look, Places, Pose, Registration
 
 LEAST_OVERLAP = 0.7  # intersection over union of the silhouettes in frame 0
 LEAST_PSNR = 12.0  # dB on the object in frame 0
+RECALL = 2.0  # times its cost that a frame's fit may cost before it is tried again from an earlier frame that looks alike
+LATE_ROUNDS = 3.0  # stiffness factor of the first round from such a start, or from a neighbour in time
+LOST = 1.4  # times the cost of frame 0, whose pose is known: a frame that costs no more has lost nothing
+CLEARLY = 0.97  # of a cost: where another start gets below, it is better
 # What the fit takes at its peak, estimated; bytes.
 STARTS = 2  # fitted side by side
 PIXEL_BYTES = 4 * 36 + 80  # of a view's picture while it is rendered: fragments at twice the size, colours, flow
@@ -134,7 +138,7 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
     present = ~footage.lost.all(0)  # [F]
     pose = before = Pose.at_rest(registration.nodes)
     look = registration.look(pose)
-    poses = [pose]
+    poses, costs = [pose], [registration.cost(look, 0)]
     views = np.zeros((footage.frames, len(mesh.vertices)), np.int64)
     views[0] = registration.evidence(pose, look, 0)
     done = 0
@@ -143,6 +147,7 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
             tracked = None if places is None else places[frame]
             if tracked is None and not present[frame]:
                 poses.append(pose)
+                costs.append(np.inf)
                 done += len(rounds)
                 report("fit", done, total)
                 continue
@@ -154,7 +159,7 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
                 starts = [registration.follow_flow(guess, frame, look, anchor), guess]
             for rigidity in rounds:
                 if len(starts) > 1 and rigidity <= COARSE:
-                    starts = [_better(registration, starts, frame, pool)[0]]
+                    starts = [_better(registration, starts, frame, pool)[1]]
                 # Side by side are the starts, and where one is left its views.
                 each = map if len(starts) > 1 else pool.map
                 starts = list((pool.map if len(starts) > 1 else map)(
@@ -163,9 +168,13 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
                 report("fit", done, total, _preview(look))
             if tracked is not None and torn:
                 starts = [registration.held_together(start, tracked) for start in starts]
-            before, (pose, look) = pose, _better(registration, starts, frame, pool)
+            before, (cost, pose, look) = pose, _better(registration, starts, frame, pool)
             poses.append(pose)
+            costs.append(cost)
             views[frame] = registration.evidence(pose, look, frame)
+            if tracked is None and anchor is None and _recall(registration, poses, costs, views, rounds, pool):
+                before = pose = poses[frame]  # what was lost before says nothing of where the motion goes
+                look = registration.look(pose)
     if places is None:
         poses = registration.steadied(poses)
         still = registration.still_pieces(poses)
@@ -176,11 +185,40 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
     return MotionField(vertices, (1 - 0.5**views).astype(np.float32), warnings=_warnings(footage, views, registration.rejected))
 
 
-def _better(registration: Registration, starts: list[Pose], frame: int, pool: ThreadPoolExecutor) -> tuple[Pose, Look]:
-    """The pose that explains the video best, and what it looks like."""
+def _better(registration: Registration, starts: list[Pose], frame: int, pool: ThreadPoolExecutor) -> tuple[float, Pose, Look]:
+    """The pose that explains the video best, before it its cost, and what it looks like."""
     looks = list(pool.map(registration.look, starts))
-    best = int(np.argmin([registration.cost(look, frame) for look in looks]))
-    return starts[best], looks[best]
+    costs = [registration.cost(look, frame) for look in looks]
+    best = int(np.argmin(costs))
+    return costs[best], starts[best], looks[best]
+
+
+def _recall(registration: Registration, poses: list[Pose], costs: list[float], views: np.ndarray, rounds: tuple[float, ...],
+            pool: ThreadPoolExecutor) -> bool:
+    """Fits the last frame again from an earlier one that looks alike, and from there the frames before it; changes the lists.
+
+    A thin part that was lost once is carried along wrongly by every later frame. But motions come back to where they were: an
+    earlier frame's pose costs no more here than it cost there plus what the pictures differ. Returns whether that helped.
+    """
+    frame, footage = len(poses) - 1, registration.footage
+    alike = [costs[k] + footage.difference(k, frame) for k in range(frame - 1)]
+    if not alike or costs[frame] < LOST * costs[0] or min(alike) > RECALL * costs[frame]:
+        return False
+    start, at = poses[int(np.argmin(alike))], frame
+    while at > 0 and np.isfinite(costs[at]):
+        kept = registration.targets.get(at), registration.misses.get(at)
+        for rigidity in (factor for factor in rounds if factor <= LATE_ROUNDS):
+            start = registration.refine(start, at, rigidity, each=pool.map)
+        cost, start, look = _better(registration, [start], at, pool)
+        if cost > CLEARLY * costs[at]:
+            if kept[0] is not None and kept[1] is not None:
+                registration.targets[at], registration.misses[at] = kept
+            break
+        poses[at], costs[at] = start, cost
+        views[at] = registration.evidence(start, look, at)
+        start = start if at == frame else start.extrapolated(poses[at + 1])
+        at -= 1
+    return at < frame
 
 
 def _bridge_gaps(vertices: np.ndarray, present: np.ndarray) -> None:

@@ -58,6 +58,18 @@ class Footage:
         """Which pictures show nothing of the object; [V, F] bool."""
         return ~self.masks.any((2, 3))
 
+    def difference(self, first: int, second: int) -> float:
+        """How much two frames differ where both have pictures: colour (0..1) plus half the silhouette, per object pixel of the
+        second; every other row and column is looked at.
+        """
+        there = ~self.lost[:, first] & ~self.lost[:, second]
+        if not there.any():
+            return float("inf")
+        one, other = (self.colors[there, frame, ::2, ::2].astype(np.int16) for frame in (first, second))
+        masks = [self.masks[there, frame, ::2, ::2] for frame in (first, second)]
+        colors = np.abs(one - other).sum(dtype=np.int64) / (3 * 255)
+        return float(colors + 0.5 * (masks[0] ^ masks[1]).sum()) / max(int(masks[1].sum()), 1)
+
     def straight_views(self) -> np.ndarray:
         """Frame 0 as straight-alpha pictures; [V, S, S, 4] uint8."""
         return np.concatenate([self.colors[:, 0], self.masks[:, 0, :, :, None].astype(np.uint8) * 255], -1)
