@@ -111,7 +111,7 @@ class TRACK4D_OT_play(bpy.types.Operator):
     bl_idname = "track4d.play"
     bl_label = "Play"
     bl_description = "Play the animation over and over, by a preview range around it; again to stop"
-    bl_options = {"REGISTER", "UNDO"}
+    bl_options = {"UNDO"}  # there is nothing to adjust afterwards
 
     frame_start: bpy.props.IntProperty(options={"SKIP_SAVE"})
     frame_end: bpy.props.IntProperty(options={"SKIP_SAVE"})

@@ -212,6 +212,7 @@ def story() -> Generator[Wait, None, None]:
     yield ask("shot 3_playing")
     assert len(frames) > 3 and frames <= set(range(1, 17)), f"it plays the frames {sorted(frames)}"
     yield from press_play(False)
+    bpy.context.scene.frame_set(best)
 
     yield from outputs(obj)
     obj = bpy.data.objects[name]
