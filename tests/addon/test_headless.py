@@ -17,6 +17,7 @@ from track4d_addon import capture, headless, image_sequences, scene_io, sources
 from track4d_addon.slices import finished
 from track4d_protocol.client import Client
 from track4d_protocol.errors import InputError
+from track4d_protocol.filelock import FileLock
 from track4d_protocol.keys import read_connection
 from track4d_protocol.messages import Settings
 from track4d_protocol.space import canonical_similarity, intrinsics, orbit_viewmats
@@ -187,9 +188,13 @@ def test_a_server_that_dies_loses_nothing(asset, tmp_path) -> None:
     for line in process.stdout:
         if json.loads(line).get("stage") == "fit":
             break
-    first.kill()
-    first.wait()
-    second = serve(home)
+    starting = FileLock(home / "start.lock")
+    assert starting.acquire(30)
+    with starting:  # or the client would start one itself, with the real pipeline
+        first.kill()
+        first.wait()
+        (home / "connection.json").unlink()
+        second = serve(home)
     (home / "more").touch()
     code, lines = finish(process)
     end(second)
