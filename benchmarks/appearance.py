@@ -60,18 +60,19 @@ def captured(name: str):
 def held_out(mesh, gaussians: int, steps: int, size: int = 256) -> list[float]:
     """PSNR between the views that the refinement sees; seeded and refined."""
     import torch
-    from track4d.gaussians.appearance import drawn_views, refine_appearance, still_psnr
+    from track4d.gaussians.appearance import Sitting, drawn_sittings, refine_appearance, still_psnr
     from track4d.gaussians.cloud import seed_cloud
     from track4d.geometry.zbuffer import over, render
     from track4d_protocol.space import BACKGROUND, intrinsics, orbit_viewmats
 
     viewmats, Ks = orbit_viewmats(np.arange(0, 360, 60)), intrinsics(size, 6)
     rgba = render(mesh, mesh.vertices[None], viewmats, Ks, size)[0]  # [6, H, H, 4]
-    seen, unseen = ([over(rgba, BACKGROUND)[k::2], rgba[k::2, ..., 3], viewmats[k::2], Ks[k::2]] for k in (0, 1))
+    seen, unseen = (Sitting(mesh.vertices, over(rgba, BACKGROUND)[k::2], rgba[k::2, ..., 3], viewmats[k::2], Ks[k::2])
+                    for k in (0, 1))
     cloud = seed_cloud(mesh, gaussians, torch.Generator().manual_seed(0))
-    seen = [np.concatenate(pair) for pair in zip(seen, drawn_views(mesh, np.ones((len(mesh.vertices), 3), np.float32), size))]
-    refined = refine_appearance(cloud, mesh.faces, mesh.vertices, *seen, steps=steps)
-    return [still_psnr(x, mesh.faces, mesh.vertices, *unseen) for x in (cloud, refined)]
+    drawn = drawn_sittings(mesh, np.ones((len(mesh.vertices), 3), np.float32), size)
+    refined = refine_appearance(cloud, mesh.faces, seen, drawn, steps)
+    return [still_psnr(x, mesh.faces, unseen) for x in (cloud, refined)]
 
 
 def main() -> None:
@@ -80,7 +81,7 @@ def main() -> None:
     from track4d.gaussians.appearance import still_psnr
     from track4d.gaussians.cloud import seed_cloud
     from track4d.motion.appearance import estimate_shading
-    from track4d.pipeline import on_grey, surface_gaussians
+    from track4d.pipeline import still_sitting, surface_gaussians
     from track4d.presets import PRESETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,14 +99,14 @@ def main() -> None:
             print(f"| {name} | absent | | | | | |")
             continue
         mesh, pictures, viewmats, Ks = model
-        views = (on_grey(pictures), pictures[..., 3].astype(np.float32) / 255, viewmats, Ks)
+        captured_views = still_sitting(mesh, pictures, viewmats, Ks)
         cloud = seed_cloud(mesh, arguments.gaussians, torch.Generator().manual_seed(0))
         start = time.process_time()
         shading = estimate_shading(mesh, pictures, viewmats, Ks)
         quality = replace(PRESETS["default"], gaussians=arguments.gaussians, appearance_steps=arguments.steps)
-        refined = surface_gaussians(mesh, pictures, viewmats, Ks, shading, quality, 0)
+        refined = surface_gaussians(mesh, captured_views, shading, quality, 0)
         seconds = time.process_time() - start
-        rows.append([still_psnr(cloud, mesh.faces, mesh.vertices, *views), still_psnr(refined, mesh.faces, mesh.vertices, *views),
+        rows.append([still_psnr(cloud, mesh.faces, captured_views), still_psnr(refined, mesh.faces, captured_views),
                      *held_out(mesh, arguments.gaussians, arguments.steps), seconds])
         print(f"| {name} | {len(mesh.vertices)} | " + " | ".join(f"{value:.1f}" for value in rows[-1]) + " |", flush=True)
     print("| mean | | " + " | ".join(f"{value:.1f}" for value in np.mean(rows, 0)) + " |")

@@ -153,12 +153,17 @@ def measure(truth: Truth, vertices: np.ndarray) -> dict[str, float]:
             "edge": stretch(vertices), "true_edge": stretch(truth.vertices), "still": 100 * float(still)}
 
 
-def contact_sheet(truth: Truth, vertices: np.ndarray, path: Path) -> None:
-    """Truth (upper rows) and result (lower rows), front and held-out view, five moments."""
+def paper_motion(name: str) -> Path:
+    """Where `refine.py --paper` leaves the motion that the paper's recipe found in a clip."""
+    return HERE.parent / "out" / "recover" / f"{name}_paper.npz"
+
+
+def contact_sheet(truth: Truth, motions: list[np.ndarray], path: Path) -> None:
+    """Truth and motions [F, N, 3], each in two rows: front and held-out view, five moments."""
     tile, moments = 128, [0, 3, 6, 9, 12]
     viewmats = np.concatenate([orbit_viewmats([90.0]), orbit_viewmats([45.0], 30.0)])
     rows = []
-    for posed in (truth.vertices, vertices):
+    for posed in (truth.vertices, *motions):
         rgba = zbuffer.render(truth.mesh, posed[moments], viewmats, intrinsics(tile, 2), tile, 4, truth.shading)
         rows += [np.concatenate(list(zbuffer.over(rgba[:, v], BACKGROUND)), 1) for v in range(2)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +178,7 @@ def main() -> None:
     parser.add_argument("--degraded", action="store_true", help="fit the damaged video")
     parser.add_argument("--tracks", action="store_true", help="give the fit exact tracks too")
     parser.add_argument("--seed", type=int, default=0, help="of the matched surface points")
-    parser.add_argument("--sheet", type=Path, help="folder for pictures of truth and result")
+    parser.add_argument("--sheet", type=Path, help="folder for pictures of truth, result, and what `refine.py --paper` found")
     parser.add_argument("--assets", type=Path, default=HERE.parents[1] / "shared" / "assets", help="folder of the .glb files")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.clips if name not in CLIPS]
@@ -199,7 +204,8 @@ def main() -> None:
               f"{wall:6.1f}   {beside}", flush=True)
         errors += [m["err"]] if name not in EXTRAS else []
         if arguments.sheet:
-            contact_sheet(truth, field.vertices, arguments.sheet / f"{name}.png")
+            published = [np.load(paper_motion(name))["vertices"]] if paper_motion(name).exists() else []
+            contact_sheet(truth, [field.vertices, *published], arguments.sheet / f"{name}.png")
     if errors:
         print(f"{'mean':14s} {np.mean(errors):6.3f}")
 

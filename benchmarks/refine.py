@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recover import CLIPS, EXTRAS, HERE, SIZE, Truth, film, load_truth, measure, straight
+from recover import CLIPS, EXTRAS, HERE, SIZE, Truth, film, load_truth, measure, paper_motion, straight
 from track4d.gaussians.cloud import Cloud
 from track4d.gaussians.light import fit_light
 from track4d.gaussians.rasterise import rasterise
@@ -34,17 +34,20 @@ from track4d.motion.footage import Footage, read_footage
 from track4d.motion.hybrid_features import visible_by_depth, visible_by_rays
 from track4d.motion.reconstruct import PAPER, reconstruct_motion
 from track4d.motion.refine import object_pictures, refine_motion
-from track4d.pipeline import surface_gaussians
+from track4d.pipeline import still_sitting, surface_gaussians
 from track4d.presets import PRESETS, Preset
+from track4d.video.features import video_features
 from track4d_protocol.space import BACKGROUND, intrinsics, orbit_viewmats
 
 NEW_VIEW = orbit_viewmats([45.0], 30.0)
 SEEDS = (0, 1, 2)
 
 
-def still_cloud(truth: Truth, video: np.ndarray, shading: np.ndarray, quality: Preset, seed: int = 0) -> Cloud:
-    """The Gaussians as the pipeline makes them from frame 0."""
-    return surface_gaussians(truth.mesh, video[:, 0], orbit_viewmats(), intrinsics(SIZE, 4), shading, quality, seed)
+def surface_cloud(truth: Truth, video: np.ndarray, shading: np.ndarray, quality: Preset, motion: np.ndarray | None,
+                  seed: int = 0) -> Cloud:
+    """The Gaussians as the pipeline makes them from frame 0 and for a motion [F, N, 3]."""
+    captured = still_sitting(truth.mesh, video[:, 0], orbit_viewmats(), intrinsics(SIZE, 4))
+    return surface_gaussians(truth.mesh, captured, shading, quality, seed, motion)
 
 
 def new_view_psnr(truth: Truth, cloud: Cloud, vertices: np.ndarray, sh: torch.Tensor,
@@ -66,8 +69,8 @@ def new_view_psnr(truth: Truth, cloud: Cloud, vertices: np.ndarray, sh: torch.Te
 
 
 def lit(truth: Truth, cloud: Cloud, field: MotionField, footage: Footage, quality: Preset, terms: int | None = None,
-        seed: int = 0) -> tuple[Cloud, torch.Tensor]:
-    """The cloud and 4D SH of the preset, or static colours fitted in the same way where `terms` is 1."""
+        seed: int = 0) -> tuple[Cloud, torch.Tensor, float]:
+    """The cloud, 4D SH of the preset, or static colours fitted in the same way where `terms` is 1, and the share of that fit."""
     degree, terms = (0, 1) if terms == 1 else (quality.sh_degree, quality.sh_terms)
     return fit_light(cloud, truth.mesh.faces, field.vertices, object_pictures(footage), footage.masks, footage.viewmats,
                      footage.Ks, degree, terms, quality.color_steps, seed)
@@ -83,7 +86,9 @@ def registered(truth: Truth, video: np.ndarray, quality: Preset) -> tuple[Motion
 def compare(names: list[str], assets: Path, quality: Preset, degraded: bool) -> None:
     """Registration and refinement, clip by clip."""
     print(f"{'clip':14s} {'err':>6s} {'refined':>8s} {'gain':>6s} {'share':>6s} {'held out':>9s} {'after':>7s} {'edge':>6s} "
-          f"{'after':>6s} {'truth':>6s} {'PSNR':>6s} {'cpu s: fit':>11s} {'refine':>7s} {'colours':>8s}")
+          f"{'after':>6s} {'truth':>6s} {'true motion':>11s} {'still SH':>8s} {'4D SH':>6s} {'share':>5s} {'cpu s: fit':>10s} "
+          f"{'refine':>6s} {'cloud':>6s} {'colours':>7s}")
+    sums = []
     for name in names:
         truth = load_truth(name, assets)
         video = film(truth, degraded)[0]
@@ -92,15 +97,24 @@ def compare(names: list[str], assets: Path, quality: Preset, degraded: bool) -> 
         clock.append(time.process_time())
         refined = refine_motion(truth.mesh, field, footage, shading, quality.refine)
         clock.append(time.process_time())
-        cloud = still_cloud(truth, video, shading, quality)
-        cloud, sh = lit(truth, cloud, refined.field, footage, quality)
+        still = surface_cloud(truth, video, shading, quality, refined.field.vertices)
         clock.append(time.process_time())
+        cloud, sh, share = lit(truth, still, refined.field, footage, quality)
+        clock.append(time.process_time())
+        exact = surface_cloud(truth, video, shading, quality, truth.vertices)
         before, after = measure(truth, field.vertices), measure(truth, refined.field.vertices)
-        psnr = new_view_psnr(truth, cloud, refined.field.vertices, sh)
-        fit, refine, colors = np.diff(clock)
+        shown = [new_view_psnr(truth, exact, truth.vertices, sh_from_colors(exact.colors)),
+                 new_view_psnr(truth, still, refined.field.vertices, sh_from_colors(still.colors)),
+                 new_view_psnr(truth, cloud, refined.field.vertices, sh)]
+        fit, refine, covering, colors = np.diff(clock)
+        sums.append([before["err"], after["err"], *shown])
         print(f"{name:14s} {before['err']:6.3f} {after['err']:8.3f} {1 - after['err'] / before['err']:6.1%} {refined.share:6.2f} "
               f"{refined.before:9.4f} {refined.after:7.4f} {before['edge']:6.3f} {after['edge']:6.3f} {after['true_edge']:6.3f} "
-              f"{psnr:6.2f} {fit:11.1f} {refine:7.1f} {colors:8.1f}", flush=True)
+              f"{shown[0]:11.2f} {shown[1]:8.2f} {shown[2]:6.2f} {share:5.2f} {fit:10.1f} {refine:6.1f} {covering:6.1f} "
+              f"{colors:7.1f}", flush=True)
+    registered_err, refined_err, *shown = np.mean(sums, 0)
+    print(f"mean: err {registered_err:.4f} -> {refined_err:.4f}; new view, dB: true motion {shown[0]:.2f}, "
+          f"still SH {shown[1]:.2f}, 4D SH {shown[2]:.2f}")
 
 
 def exact_features(truth: Truth) -> torch.Tensor:
@@ -122,17 +136,15 @@ def ablate(names: list[str], assets: Path, quality: Preset, kind: str) -> None:
         if kind == "exact":
             features = exact_features(truth)
         else:
-            from track4d.video.features import video_features
-
             features = torch.from_numpy(video_features(video, "", orbit_viewmats()))
         rows: dict[str, list[tuple[float, float]]] = {"full": [], "w/o diffusion features": [], "w/o 4D SH": []}
         for seed in SEEDS:
-            still = still_cloud(truth, video, shading, quality, seed)
             for given, variants in ((features, ("full", "w/o 4D SH")), (None, ("w/o diffusion features",))):
                 motion = refine_motion(truth.mesh, field, footage, shading, quality.refine, given, seed=seed).field
                 err = measure(truth, motion.vertices)["err"]
+                still = surface_cloud(truth, video, shading, quality, motion.vertices, seed)
                 for variant in variants:
-                    cloud, sh = lit(truth, still, motion, footage, quality, 1 if variant == "w/o 4D SH" else None, seed)
+                    cloud, sh, _ = lit(truth, still, motion, footage, quality, 1 if variant == "w/o 4D SH" else None, seed)
                     rows[variant].append((err, new_view_psnr(truth, cloud, motion.vertices, sh)))
         for variant, values in rows.items():
             (err, psnr), (err_spread, psnr_spread) = np.mean(values, 0), np.std(values, 0)
@@ -153,13 +165,13 @@ def lamp(names: list[str], assets: Path, quality: Preset) -> None:
                          for f, shading in enumerate(shadings)], 1)  # [V, F, S, S, 4]
         video = straight(rgba)
         footage = read_footage(video, *cameras[:2])
-        still = still_cloud(truth, video, estimate_shading(truth.mesh, video[:, 0], *cameras[:2]), quality)
+        still = surface_cloud(truth, video, estimate_shading(truth.mesh, video[:, 0], *cameras[:2]), quality, truth.vertices)
         right = MotionField(truth.vertices, np.ones(truth.vertices.shape[:2], np.float32))
         shown = []
         for terms in (1, quality.sh_terms):
-            cloud, sh = lit(truth, still, right, footage, quality, terms)
+            cloud, sh, share = lit(truth, still, right, footage, quality, terms)
             shown.append(new_view_psnr(truth, cloud, truth.vertices, sh, shadings))
-        print(f"{name:14s} {shown[0]:10.2f} {shown[1]:7.2f} {shown[1] - shown[0]:8.2f}", flush=True)
+        print(f"{name:14s} {shown[0]:10.2f} {shown[1]:7.2f} {shown[1] - shown[0]:8.2f} (share {share:.2f})", flush=True)
 
 
 def visibility(names: list[str], assets: Path) -> None:
@@ -186,12 +198,14 @@ def paper(names: list[str], assets: Path, batch: int | None) -> None:
         video = film(truth, False)[0]
         footage = read_footage(video, orbit_viewmats(), intrinsics(SIZE, 4))
         shading = estimate_shading(truth.mesh, footage.straight_views(), footage.viewmats, footage.Ks)
-        cloud = still_cloud(truth, video, shading, quality)
+        cloud = surface_cloud(truth, video, shading, quality, None)
         start = time.process_time()
-        found = reconstruct_motion(truth.mesh, cloud, footage, replace(PAPER, batch=batch))
+        features = torch.from_numpy(video_features(video, "", orbit_viewmats()))
+        found = reconstruct_motion(truth.mesh, cloud, footage, replace(PAPER, batch=batch), features)
         seconds, m = time.process_time() - start, measure(truth, found.field.vertices)
         psnr = new_view_psnr(truth, cloud, found.field.vertices, found.coefficients)
         print(f"{name:14s} {m['err']:6.3f} {m['w10']:6.3f} {m['edge']:6.3f} {psnr:6.2f} {seconds:7.1f}", flush=True)
+        np.savez(paper_motion(name), vertices=found.field.vertices)
 
 
 def budget(names: list[str], assets: Path, quality: Preset) -> None:
@@ -210,11 +224,11 @@ def budget(names: list[str], assets: Path, quality: Preset) -> None:
 
         field, footage, shading = registered(truth, video, quality)
         lap("registration")
-        still = still_cloud(truth, video, shading, quality)
-        lap("appearance")
         field = refine_motion(truth.mesh, field, footage, shading, quality.refine).field
         lap("refinement")
-        cloud, sh = lit(truth, still, field, footage, quality)
+        still = surface_cloud(truth, video, shading, quality, field.vertices)
+        lap("appearance")
+        cloud, sh, _ = lit(truth, still, field, footage, quality)
         lap("4D SH")
         wall, cpu = whole
         lap("all")

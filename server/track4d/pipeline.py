@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from track4d_protocol.errors import InputError
 from track4d_protocol.messages import Request, Result, check_request
 from track4d_protocol.space import BACKGROUND, Similarity, canonical_similarity
 
-from .gaussians.appearance import drawn_views, refine_appearance, still_psnr
+from .gaussians.appearance import Sitting, drawn_sittings, refine_appearance, still_psnr
 from .gaussians.cloud import Cloud, seed_cloud
 from .gaussians.light import fit_light, resample_sh
 from .gaussians.spherical_harmonics import rotate_sh, sh_from_colors
 from .geometry.mesh import Mesh, check_mesh
 from .geometry.zbuffer import over, render, scale_intrinsics
 from .motion.appearance import estimate_shading
-from .motion.direction import directed
+from .motion.direction import directed, is_cycle, looped
 from .motion.field import quaternion_product
 from .motion.fit import Tracks3D, fit_motion
 from .motion.footage import MOST_VIEWS, WORKING_SIZE, Footage, read_footage
@@ -107,12 +108,8 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
         stills, Ks = footage.straight_views(), footage.Ks.astype(np.float32)
         shading = estimate_shading(mesh, stills, viewmats, Ks)
 
-    with clock("appearance"):  # Stage Two
-        cloud = surface_gaussians(mesh, stills, viewmats, Ks, shading, quality, settings.seed)
-        fidelity = still_psnr(cloud, mesh.faces, mesh.vertices, on_grey(stills), stills[..., 3] / np.float32(255), viewmats, Ks)
-        sh = sh_from_colors(cloud.colors)  # [G, K, W, 3]
-
-    with clock("fit"):
+    captured = still_sitting(mesh, stills, viewmats, Ks)
+    with clock("fit"):  # Stage Two
         if quality.paper is None:
             field = fit_motion(mesh, video, filming, video_Ks, shading, tracks, quality.fit, settings.seed, report)
             warnings += field.warnings
@@ -124,9 +121,12 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
             else:
                 rest, _ = fitted(stills, painter.size, painter.cell)  # [V, 4, S, S]
                 of_video = video_prior(painter, settings.prompt, torch.from_numpy(viewmats), rest)
+            cloud = surface_gaussians(mesh, captured, shading, quality, settings.seed)
             found = reconstruct_motion(mesh, cloud, footage, quality.paper, features, video_prior=of_video,
                                        motion_prior=of_motion, seed=settings.seed, checkpoint=checkpoint, report=report)
             field, sh = found.field, found.coefficients
+        if settings.loop and is_cycle(field.vertices):
+            field = replace(field, loops=True)
         report("fit", 1, 1, motion=similarity.invert(field.vertices))
     if tracks is None and quality.paper is None:  # a video of tracks shows these and nothing else: no more to be learnt
         with clock("refine"):
@@ -135,15 +135,22 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
             field = refine_motion(mesh, field, footage, shading, quality.refine, features,
                                   pinned=None if pin is None else pin > PINNED, seed=settings.seed, checkpoint=checkpoint,
                                   report=report).field
-            if quality.color_steps:
-                cloud, sh = fit_light(cloud, mesh.faces, field.vertices, object_pictures(footage), footage.masks,
-                                      footage.viewmats, footage.Ks, quality.sh_degree, quality.sh_terms, quality.color_steps,
-                                      settings.seed, report=report)
+    with clock("appearance"):
+        if quality.paper is None:
+            cloud = surface_gaussians(mesh, captured, shading, quality, settings.seed, field.vertices)
+            sh = sh_from_colors(cloud.colors)  # [G, K, W, 3]
+            if tracks is None and quality.color_steps:
+                terms = 1 if settings.loop else quality.sh_terms  # cosines over the clip don't end where they began
+                cloud, sh, _ = fit_light(cloud, mesh.faces, field.vertices, object_pictures(footage), footage.masks,
+                                         footage.viewmats, footage.Ks, quality.sh_degree, terms, quality.color_steps,
+                                         settings.seed, report=report)
+        fidelity = still_psnr(cloud, mesh.faces, captured)
 
     with clock("sample"):
         strength = settings.strength if tracks is None else 1.0  # tracks have it already
+        field = looped(field) if settings.loop else field
         vertices = field.sample(np.linspace(-1, 1, settings.frames))  # [F, N, 3]
-        vertices = directed(vertices, strength, settings.loop, settings.keep_root, pin)
+        vertices = directed(vertices, strength, keep_root=settings.keep_root, pin=pin)
         means, quats = cloud.pose(torch.from_numpy(mesh.faces), torch.from_numpy(vertices))  # [F, G, 3], [F, G, 4]
         rendered = film(mesh, vertices, filming, Ks, stills.shape[1], shading)
 
@@ -285,19 +292,22 @@ def check_stills(stills: np.ndarray, most: int) -> None:
         raise InputError("empty_view", "None of the pictures shows the object.", "Capture it again while it is visible.")
 
 
-def surface_gaussians(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, shading: np.ndarray, quality: Preset,
-                      seed: int) -> Cloud:
+def surface_gaussians(mesh: Mesh, captured: Sitting, shading: np.ndarray, quality: Preset, seed: int,
+                      motion: np.ndarray | None = None) -> Cloud:
     """Gaussians on the mesh's vertices and triangles, their appearance fitted to the still pictures and to drawn ones.
 
-    They start with the shaded texture, also where no picture shows them.
+    They start with the shaded texture, also where no picture shows them. With a motion [F, N, 3] they are made for its poses too.
     """
-    cloud = seed_cloud(mesh, quality.gaussians, torch.Generator().manual_seed(seed))
+    cloud = seed_cloud(mesh, quality.gaussians, torch.Generator().manual_seed(seed), motion)
     corners = torch.from_numpy(np.asarray(shading, np.float32)[mesh.faces])[cloud.triangles]  # [G, 3, 3], corner then colour
     cloud.colors = (cloud.colors * (corners * cloud.barycentric[..., None]).sum(1)).clamp(0, 1)  # [G, 3]
-    captured = on_grey(stills), stills[..., 3].astype(np.float32) / 255, viewmats, Ks
-    drawn = drawn_views(mesh, shading, stills.shape[1])
-    pictures, alphas, viewmats, Ks = (np.concatenate(pair) for pair in zip(captured, drawn))
-    return refine_appearance(cloud, mesh.faces, mesh.vertices, pictures, alphas, viewmats, Ks, quality.appearance_steps, seed)
+    drawn = drawn_sittings(mesh, shading, captured.pictures.shape[1], motion)
+    return refine_appearance(cloud, mesh.faces, captured, drawn, quality.appearance_steps, seed)
+
+
+def still_sitting(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> Sitting:
+    """The captured pictures [V, H, H, 4] of the mesh at rest."""
+    return Sitting(mesh.vertices, on_grey(stills), stills[..., 3].astype(np.float32) / 255, viewmats, Ks)
 
 
 def diffusion_features(footage: Footage, prompt: str, seed: int) -> torch.Tensor | None:

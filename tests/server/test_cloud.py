@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
-from track4d.gaussians.appearance import refine_appearance, still_psnr
+from track4d.gaussians.appearance import Sitting, drawn_sittings, refine_appearance, still_psnr
 from track4d.gaussians.cloud import OPACITY, RADIUS, RADIUS_RANGE, seed_cloud, triangle_quats
 from track4d.gaussians.rasterise.dense import rotation_matrices
 from track4d.geometry import zbuffer
@@ -26,8 +26,8 @@ def ball():
     return Mesh(shape.vertices, shape.faces, uvs, None, [texture])
 
 
-def seeded(mesh, count=2000, seed=0):
-    return seed_cloud(mesh, count, torch.Generator().manual_seed(seed))
+def seeded(mesh, count=2000, seed=0, motion=None):
+    return seed_cloud(mesh, count, torch.Generator().manual_seed(seed), motion)
 
 
 def test_seeding_covers_the_surface_evenly_and_every_vertex(ball):
@@ -58,6 +58,22 @@ def test_ellipses_reach_to_their_neighbours():
     even = RADIUS * spacing
     assert (cloud.scales[:, :2] >= 0.999 * RADIUS_RANGE[0] * even).all()
     assert (cloud.scales[:, :2] <= 1.001 * RADIUS_RANGE[1] * even).all()
+
+
+def test_where_the_surface_will_grow_there_are_more_gaussians_and_they_reach_further(ball):
+    """A ball whose upper half is drawn up to three times its height."""
+    grown = ball.vertices * np.where(ball.vertices[:, 2:] > 0, [1, 1, 3], [1, 1, 1])
+    motion = np.stack([ball.vertices, grown, ball.vertices]).astype(np.float32)
+    anywhere = trimesh.sample.sample_surface(trimesh.Trimesh(grown, ball.faces), 2000, seed=0)[0]
+    anywhere = anywhere[anywhere[:, 2] > 0]
+    uppers, gaps = [], []
+    for cloud in (seeded(ball), seeded(ball, motion=motion)):
+        assert len(cloud) == 2000
+        means = cloud.pose(ball.faces, torch.from_numpy(motion[:2]))[0]  # [2, G, 3]
+        uppers.append(means[0, :, 2] > 0)
+        gaps.append(np.quantile(KDTree(means[1].numpy()).query(anywhere)[0], 0.95))
+    assert uppers[1].sum() > 1.2 * uppers[0].sum() and gaps[1] < 0.9 * gaps[0]
+    assert cloud.scales[uppers[1], :2].mean() > 1.1 * cloud.scales[~uppers[1], :2].mean()
 
 
 def test_an_even_cover_has_round_discs(ball):
@@ -128,13 +144,31 @@ def test_gradients_reach_the_vertices(ball):
 def test_appearance_comes_closer_to_the_pictures(ball):
     viewmats, Ks = orbit_viewmats(), intrinsics(64, 4)
     rgba = zbuffer.render(ball, ball.vertices[None], viewmats, Ks, 64, shading=np.full(len(ball.vertices), 0.7))[0]
-    pictures = zbuffer.over(rgba, BACKGROUND)
+    views = Sitting(ball.vertices, zbuffer.over(rgba, BACKGROUND), rgba[..., 3], viewmats, Ks)
     cloud = seeded(ball)
-    refined = refine_appearance(cloud, ball.faces, ball.vertices, pictures, rgba[..., 3], viewmats, Ks, steps=30)
+    refined = refine_appearance(cloud, ball.faces, views, [], steps=30)
 
-    views = (pictures, rgba[..., 3], viewmats, Ks)
-    before, after = (still_psnr(x, ball.faces, ball.vertices, *views) for x in (cloud, refined))
+    before, after = (still_psnr(x, ball.faces, views) for x in (cloud, refined))
     assert after > before + 3
     assert torch.equal(refined.triangles, cloud.triangles) and torch.equal(refined.barycentric, cloud.barycentric)
     assert ((refined.colors >= 0) & (refined.colors <= 1)).all() and (refined.scales > 0).all()
     assert not refined.colors.requires_grad
+
+
+def test_drawn_pictures_show_the_poses_that_will_be(ball):
+    """A cloud that also learnt from them closes the gaps of a grown ball."""
+    motion = np.stack([ball.vertices * scale for scale in ((1, 1, 1), (1, 1, 2), (1, 1, 1))]).astype(np.float32) * 0.45
+    still = Mesh(motion[0], ball.faces, ball.uvs, None, ball.textures)
+    light = np.ones((len(still.vertices), 3), np.float32)
+    viewmats, Ks = orbit_viewmats([20.0], 20.0), intrinsics(64, 1)
+    views = []
+    for posed in motion[:2]:
+        rgba = zbuffer.render(still, posed[None], viewmats, Ks, 64, 4)[0]
+        views.append(Sitting(posed, zbuffer.over(rgba, BACKGROUND), rgba[..., 3], viewmats, Ks))
+    shown = {}
+    for name, known in (("still", None), ("moving", motion)):
+        drawn = drawn_sittings(still, light, 64, known)
+        assert {len(one.pictures) for one in drawn} == {4} and all(0.05 < one.alphas.mean() < 0.6 for one in drawn)
+        cloud = refine_appearance(seeded(still, 600, motion=known), still.faces, views[0], drawn, steps=40)
+        shown[name] = still_psnr(cloud, still.faces, views[1])
+    assert shown["moving"] > shown["still"] + 1

@@ -88,6 +88,12 @@ def test_same_seed_same_motion(capsule, result) -> None:
     assert np.abs(other - again).max() > 1e-3
 
 
+def test_a_loop_ends_where_it_began(capsule) -> None:
+    vertices = run(request(*capsule, loop=True, frames=9), silent).arrays["vertices"]
+    np.testing.assert_allclose(vertices[-1], vertices[0], atol=1e-4)
+    assert np.linalg.norm(vertices - vertices[0], axis=-1).max() > 0.05
+
+
 def test_a_mesh_larger_than_the_fit_works_with_moves_whole() -> None:
     """40,000 vertices: registered on a proxy, and every vertex of the user's mesh comes back."""
     ball = trimesh.creation.icosphere(subdivisions=6)

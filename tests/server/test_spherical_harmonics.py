@@ -136,8 +136,8 @@ def test_moving_light_is_found_and_seen_from_a_new_view(lit) -> None:
     shown = {}
     for degree, terms in ((0, 1), (1, 6)):
         pictures = film(given)
-        fitted, coefficients = fit_light(cloud, mesh.faces, vertices, pictures, on_object(pictures), given, KS, degree, terms, 60,
-                                         background=0.5)
+        fitted, coefficients, _ = fit_light(cloud, mesh.faces, vertices, pictures, on_object(pictures), given, KS, degree, terms,
+                                            60, background=0.5)
         assert coefficients.shape == (1500, (degree + 1) ** 2, terms, 3)
         shown[terms] = shown_psnr(fitted, mesh, vertices, coefficients, new, film(new))
     assert shown[6] > shown[1] + 2, shown
@@ -151,9 +151,26 @@ def test_steady_light_loses_nothing_by_4d_sh(lit) -> None:
     pictures = film(given, moving=False)[:, :1].repeat(8, 1)
     static, over_time, again = (fit_light(cloud, mesh.faces, still, pictures, on_object(pictures), given, KS, 0, terms, 30,
                                           background=0.5) for terms in (1, 6, 6))
-    shown = [shown_psnr(fitted, mesh, still, coefficients, given, pictures) for fitted, coefficients in (static, over_time)]
+    shown = [shown_psnr(fitted, mesh, still, coefficients, given, pictures) for fitted, coefficients, _ in (static, over_time)]
     assert shown[1] > shown[0] - 0.3
     assert torch.equal(again[1], over_time[1]) and torch.equal(again[0].scales, over_time[0].scales)
+
+
+def test_what_only_some_views_want_is_not_believed(lit) -> None:
+    """Three views are brighter than the colours that the cloud has already; the fourth is as it should be."""
+    mesh, vertices, _ = lit
+    cloud = seed_cloud(mesh, 800, torch.Generator().manual_seed(0))
+    given = orbit_viewmats()
+    rgba = render(mesh, vertices, given, KS, SIZE, 2).swapaxes(0, 1)  # [V, F, S, S, 4]
+    right, masks = over(rgba, 0.5), rgba[..., 3]
+    brighter = right + 0.2 * masks[..., None] * np.array([1, 1, 1, 0], np.float32)[:, None, None, None, None]
+    _, coefficients, share = fit_light(cloud, mesh.faces, vertices, brighter, masks, given, KS, 0, 4, 20, background=0.5)
+    assert share == 0 and torch.equal(coefficients, sh_from_colors(cloud.colors, 0, 4))
+    brighter = right + 0.2 * masks[..., None]
+    _, coefficients, share = fit_light(cloud, mesh.faces, vertices, brighter, masks, given, KS, 0, 4, 20, background=0.5)
+    assert share > 0.5 and coefficients[:, 0, 0].mean() > sh_from_colors(cloud.colors)[:, 0, 0].mean() + 0.1
+    *_, share = fit_light(cloud, mesh.faces, vertices, brighter[:1], masks[:1], given[:1], KS[:1], 0, 4, 20, background=0.5)
+    assert share > 0.5  # of a single view frames are held out
 
 
 @pytest.mark.parametrize("frames", [8, 24, 60])

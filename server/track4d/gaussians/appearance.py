@@ -1,10 +1,12 @@
-"""Colours, sizes and opacities of a cloud from the pictures of the still object.
+"""Colours, sizes and opacities of a cloud from pictures of the object.
 
 Few pictures leave most Gaussians to guesswork, and what fits them alone looks worse from everywhere else. The textured mesh in
-its estimated light can be drawn from anywhere, so such pictures join the captured ones.
+its estimated light can be drawn from anywhere and in every pose that it will have, so such pictures join the captured ones.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,35 +24,57 @@ COLOR_RATE, SCALE_RATE, OPACITY_RATE = 0.05, 0.03, 0.05
 LAST_RATE = 0.1  # share of the rates in the last step
 PICTURES = 4  # per step
 KEEP_COLORS = 0.005  # weight of staying with the start, where the pictures don't say otherwise
-DRAWN_AZIMUTHS, DRAWN_ELEVATIONS = np.arange(45.0, 360, 90), (-40.0, 0.0, 60.0)  # between the captured views, below and above
+DRAWN = 16  # poses that are drawn, each from `PICTURES` sides
+DRAWN_ELEVATIONS = (-40.0, 0.0, 60.0)  # one after the other
+TURN = 55.6  # degrees from one pose's cameras to the next one's: the golden section of a quarter turn
+DRAWN_SIZE = 256  # pixels at most
+CAPTURED_EVERY = 4  # steps, one is for the captured pictures
 COLOR_MARGIN = 0.01  # colours this far from 0 and 1, so that their logit is finite
 
 
-def drawn_views(mesh: Mesh, shading: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The textured mesh, lit as captured, from where it was not captured.
+@dataclass(frozen=True)
+class Sitting:
+    """Pictures of one pose.
 
-    Args:
-        mesh: canonical; shading: [N, 3] factor on its texture.
-        size: of the pictures.
-
-    Returns:
-        pictures [V, size, size, 3] sRGB on the background, alphas [V, size, size], viewmats [V, 4, 4], Ks [V, 3, 3].
-    """
-    viewmats = np.concatenate([orbit_viewmats(DRAWN_AZIMUTHS, elevation) for elevation in DRAWN_ELEVATIONS])
-    Ks = intrinsics(size, len(viewmats))
-    rgba = zbuffer.render(mesh, mesh.vertices[None], viewmats, Ks, size, 4, shading)[0]
-    return zbuffer.over(rgba, BACKGROUND), rgba[..., 3], viewmats, Ks
-
-
-def refine_appearance(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, alphas: Array, viewmats: Array,
-                      Ks: Array, steps: int = 80, seed: int = 0, background: float = BACKGROUND) -> Cloud:
-    """Fits colour, scale and opacity to views of the still mesh by Adam; places stay as they are.
-
-    Args:
-        faces: [T, 3]; vertices: [N, 3] of the captured pose.
+    Attributes:
+        vertices: [N, 3] of the mesh.
         pictures: [V, H, H, 3] sRGB in 0..1, on the background; alphas: [V, H, H] in 0..1.
         viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of these pictures.
-        steps: of Adam, each on a few of the pictures.
+    """
+
+    vertices: Array
+    pictures: Array
+    alphas: Array
+    viewmats: Array
+    Ks: Array
+
+
+def drawn_sittings(mesh: Mesh, shading: np.ndarray, size: int, motion: np.ndarray | None = None) -> list[Sitting]:
+    """The textured mesh, lit as captured, from where it was not captured and in poses that it will have.
+
+    Args:
+        mesh: canonical; shading: [N, 3] factor on its texture, which goes with the surface.
+        size: of the captured pictures; drawn ones have `DRAWN_SIZE` at most.
+        motion: [F, N, 3]; the mesh's own pose alone where not given.
+    """
+    poses, size = mesh.vertices[None] if motion is None else motion, min(size, DRAWN_SIZE)
+    Ks, sittings = intrinsics(size, PICTURES), []
+    for k, frame in enumerate(np.linspace(0, len(poses) - 1, DRAWN).round().astype(int)):
+        azimuths = 45 + k * TURN + np.arange(PICTURES) * 360 / PICTURES
+        viewmats = orbit_viewmats(azimuths, DRAWN_ELEVATIONS[k % len(DRAWN_ELEVATIONS)])
+        rgba = zbuffer.render(mesh, poses[frame][None], viewmats, Ks, size, 4, shading)[0]
+        sittings.append(Sitting(poses[frame], zbuffer.over(rgba, BACKGROUND), rgba[..., 3], viewmats, Ks))
+    return sittings
+
+
+def refine_appearance(cloud: Cloud, faces: Array, captured: Sitting, drawn: list[Sitting], steps: int = 80, seed: int = 0,
+                      background: float = BACKGROUND) -> Cloud:
+    """Fits colour, scale and opacity to views of the mesh by Adam; places on the surface stay as they are.
+
+    Args:
+        faces: [T, 3].
+        captured: the pictures that are given; drawn: others, which take most of the steps.
+        steps: of Adam, each on a few pictures of one pose.
         seed: of the pictures' order.
         background: grey behind the pictures, sRGB.
 
@@ -58,9 +82,6 @@ def refine_appearance(cloud: Cloud, faces: Array, vertices: Array, pictures: Arr
         a new cloud with the same places.
     """
     device = cloud.scales.device
-    vertices, pictures, alphas, viewmats, Ks = (torch.as_tensor(x, dtype=torch.float32, device=device)
-                                                for x in (vertices, pictures, alphas, viewmats, Ks))
-    means, quats = cloud.pose(faces, vertices[None])  # [1, G, 3], [1, G, 4]
     first_colors = torch.logit(cloud.colors.clamp(COLOR_MARGIN, 1 - COLOR_MARGIN))  # [G, 3]
     colors = first_colors.clone().requires_grad_()
     scales = cloud.scales.log().requires_grad_()  # [G, 3]
@@ -68,32 +89,33 @@ def refine_appearance(cloud: Cloud, faces: Array, vertices: Array, pictures: Arr
     optimiser = torch.optim.Adam([{"params": [colors], "lr": COLOR_RATE}, {"params": [scales], "lr": SCALE_RATE},
                                   {"params": [opacities], "lr": OPACITY_RATE}])
     slower = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, LAST_RATE, max(steps, 1))
-    object_share = alphas.mean().clamp(min=1e-3)
     generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    for _ in range(steps):
-        if len(order) < min(PICTURES, len(pictures)):
-            order += torch.randperm(len(pictures), generator=generator).tolist()
-        chosen, order = order[:PICTURES], order[PICTURES:]
-        rgb, alpha = rasterise(means, quats, scales.exp(), opacities.sigmoid(), colors.sigmoid(), viewmats[chosen], Ks[chosen],
+    order: list[Sitting] = []
+    for step in range(steps):
+        sitting = captured
+        if drawn and step % CAPTURED_EVERY:
+            order = order or [drawn[k] for k in torch.randperm(len(drawn), generator=generator)]
+            sitting = order.pop()
+        chosen = torch.randperm(len(sitting.pictures), generator=generator)[:PICTURES].numpy()
+        pictures, alphas, viewmats, Ks = (torch.as_tensor(x[chosen], dtype=torch.float32, device=device) for x in (
+            sitting.pictures, sitting.alphas, sitting.viewmats, sitting.Ks))
+        means, quats = cloud.pose(faces, torch.as_tensor(sitting.vertices, dtype=torch.float32, device=device)[None])
+        rgb, alpha = rasterise(means, quats, scales.exp(), opacities.sigmoid(), colors.sigmoid(), viewmats, Ks,
                                pictures.shape[1], background)  # [1, v, H, H, 3], [1, v, H, H]
-        shown = picture_loss(rgb[0], alpha[0], pictures[chosen], alphas[chosen], squared=1.0)
+        shown = picture_loss(rgb[0], alpha[0], pictures, alphas, squared=1.0) / alphas.mean().clamp(min=1e-3)
         optimiser.zero_grad()
-        (shown / object_share + KEEP_COLORS * (colors - first_colors).square().mean()).backward()
+        (shown + KEEP_COLORS * (colors - first_colors).square().mean()).backward()
         optimiser.step()
         slower.step()
     return Cloud(cloud.triangles, cloud.barycentric, scales.detach().exp(), opacities.detach().sigmoid(),
                  colors.detach().sigmoid())
 
 
-def still_psnr(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, alphas: Array, viewmats: Array, Ks: Array,
-               background: float = BACKGROUND) -> float:
-    """How true a cloud is to the views of the still mesh: PSNR in dB over the object's pixels, weighted by `alphas`.
-
-    Arguments as in `refine_appearance`.
-    """
-    vertices, pictures, alphas, viewmats, Ks = (torch.as_tensor(x, dtype=torch.float32, device=cloud.scales.device)
-                                                for x in (vertices, pictures, alphas, viewmats, Ks))
+def still_psnr(cloud: Cloud, faces: Array, sitting: Sitting, background: float = BACKGROUND) -> float:
+    """How true a cloud is to pictures of one pose: PSNR in dB over the object's pixels, weighted by alpha; faces [T, 3]."""
+    vertices, pictures, alphas, viewmats, Ks = (
+        torch.as_tensor(x, dtype=torch.float32, device=cloud.scales.device)
+        for x in (sitting.vertices, sitting.pictures, sitting.alphas, sitting.viewmats, sitting.Ks))
     means, quats = cloud.pose(faces, vertices[None])  # [1, G, 3], [1, G, 4]
     rgb, _ = rasterise(means, quats, cloud.scales, cloud.opacities, cloud.colors, viewmats, Ks, pictures.shape[1], background)
     error = ((rgb[0].clamp(0, 1) - pictures).square().mean(-1) * alphas).sum() / alphas.sum()

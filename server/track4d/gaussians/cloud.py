@@ -20,6 +20,8 @@ THICKNESS = 0.06  # standard deviation across the surface, in spacings
 OPACITY = 0.95
 CANDIDATES = 4  # random places per Gaussian, of which those are taken that keep their distance
 APART = 0.7  # that distance, in spacings
+MOST_GROWTH = 4.0  # of a surface's lengths that Gaussians are prepared for
+POSES = 16  # of a motion that are looked at
 
 
 @dataclass
@@ -91,23 +93,32 @@ def triangle_quats(corners: Tensor) -> Tensor:
     return torch.nn.functional.normalize(chosen, dim=-1)
 
 
-def seed_cloud(mesh: Mesh, count: int, generator: torch.Generator) -> Cloud:
+def seed_cloud(mesh: Mesh, count: int, generator: torch.Generator, motion: np.ndarray | None = None) -> Cloud:
     """Covers a mesh with flat ellipses: one on each vertex, the rest spread evenly over the surface between them.
 
     Vertices get at most half of the Gaussians (a random choice where there are more of them). Each ellipse reaches as far along
     and across its triangle's first edge as its neighbours lie apart there: less on thin parts and between many vertices.
+    Gaussians keep their size, so where a motion stretches the surface they lie as close together, and reach as far, as its
+    largest state needs.
 
     Args:
         mesh: with some area.
         count: number of Gaussians.
         generator: source of the random places.
+        motion: [F, N, 3] what the vertices will do; they stay at rest where not given.
 
     Returns:
         a cloud of `count` Gaussians with the colours of the mesh's texture.
     """
     faces = torch.from_numpy(mesh.faces).long()  # [T, 3]
-    corners = torch.from_numpy(mesh.vertices)[faces].double()  # [T, 3, 3]
-    areas = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]).norm(dim=-1) / 2  # [T]
+    rest = torch.from_numpy(mesh.vertices).float()
+    poses = rest[None] if motion is None else torch.from_numpy(motion[_some(len(motion))]).float()
+    corners = rest[faces].double()  # [T, 3, 3]
+    areas = largest = _areas(corners)  # [T]
+    for posed in poses:
+        largest = torch.maximum(largest, _areas(posed[faces].double()))
+    growth = (largest / areas.clamp(min=1e-12)).sqrt().clamp(max=MOST_GROWTH)  # [T], of lengths
+    areas = areas * growth.square()
     vertex_triangles, vertex_weights = _vertex_samples(mesh, areas.numpy())
     keep = torch.randperm(len(vertex_triangles), generator=generator)[: count // 2]
     triangles, weights = _area_samples(areas, CANDIDATES * (count - len(keep)), generator)
@@ -115,25 +126,37 @@ def seed_cloud(mesh: Mesh, count: int, generator: torch.Generator) -> Cloud:
     triangles = torch.cat([vertex_triangles[keep], triangles[shuffled]])  # [C]
     weights = torch.cat([vertex_weights[keep], weights[shuffled]])  # [C, 3]
     spacing = float((areas.sum() / count).sqrt())
-    even = _spread((corners[triangles] * weights[..., None]).sum(1).numpy(), len(keep), count, APART * spacing)
+    places = (corners[triangles] * weights[..., None]).sum(1).numpy()  # [C, 3]
+    even = _spread(places, APART * spacing / growth[triangles].numpy(), len(keep), count)
     triangles, weights = triangles[even], weights[even]  # [G], [G, 3]
 
     uvs = (weights[..., None].numpy() * mesh.uvs[triangles.numpy()]).sum(1)  # [G, 2]
     colors = torch.from_numpy(mesh.corner_colors(uvs, triangles.numpy())).clamp(0, 1)  # [G, 3]
     cloud = Cloud(triangles, weights, torch.empty(count, 3), torch.full((count,), OPACITY), colors)
-    (means,), (quats,) = cloud.pose(faces, torch.from_numpy(mesh.vertices).float()[None])  # [G, 3], [G, 4]
-    cloud.scales = _scales(means, quats, spacing)
+    cloud.scales = _scales(cloud, faces, rest, poses, spacing)
     return cloud
 
 
-def _spread(places: np.ndarray, fixed: int, count: int, apart: float) -> np.ndarray:
-    """Chooses `count` of the places [C, 3]: the first `fixed` ones, then what keeps its distance from everything before it.
+def _some(frames: int) -> np.ndarray:
+    """At most `POSES` of the frames, spread over all."""
+    return np.unique(np.linspace(0, frames - 1, min(frames, POSES)).round().astype(int))
+
+
+def _areas(corners: Tensor) -> Tensor:
+    """Of triangles [T, 3, 3]; [T]."""
+    return torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]).norm(dim=-1) / 2
+
+
+def _spread(places: np.ndarray, apart: np.ndarray, fixed: int, count: int) -> np.ndarray:
+    """Chooses `count` of the places [C, 3]: the first `fixed` ones, then what keeps its distance `apart` [C] from everything
+    before it.
 
     Where that fills no more, the places follow that lie farthest from all chosen ones.
     """
-    free = places[fixed:]
-    gone = KDTree(places[:fixed]).query(free)[0] < apart if fixed else np.zeros(len(free), bool)
-    pairs = KDTree(free).query_pairs(apart, output_type="ndarray")  # the earlier place first
+    free, own = places[fixed:], apart[fixed:]
+    gone = KDTree(places[:fixed]).query(free)[0] < own if fixed else np.zeros(len(free), bool)
+    pairs = KDTree(free).query_pairs(own.max(), output_type="ndarray")  # the earlier place first
+    pairs = pairs[np.linalg.norm(free[pairs[:, 0]] - free[pairs[:, 1]], axis=1) < own[pairs].mean(1)]
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
     ends = np.searchsorted(pairs[:, 0], np.arange(len(free) + 1))
     for place in range(len(free)):
@@ -142,17 +165,21 @@ def _spread(places: np.ndarray, fixed: int, count: int, apart: float) -> np.ndar
     chosen = np.concatenate([np.arange(fixed), fixed + np.nonzero(~gone)[0]])[:count]
     others = np.setdiff1d(np.arange(fixed, len(places)), chosen)
     if len(chosen) < count:
-        distance = KDTree(places[chosen]).query(places[others])[0]
+        distance = KDTree(places[chosen]).query(places[others])[0] / apart[others]
         chosen = np.concatenate([chosen, others[np.argsort(-distance)[:count - len(chosen)]]])
     return chosen
 
 
-def _scales(means: Tensor, quats: Tensor, spacing: float) -> Tensor:
-    """Standard deviations [G, 3] of Gaussians at `means` [G, 3] from where their neighbours lie in the frames `quats` [G, 4]."""
+def _scales(cloud: Cloud, faces: Tensor, rest: Tensor, poses: Tensor, spacing: float) -> Tensor:
+    """Standard deviations [G, 3] of Gaussians from how far away their neighbours at `rest` [N, 3] get in `poses` [F, N, 3]."""
+    means = cloud.pose(faces, rest[None])[0][0].numpy()  # [G, 3]
     count = min(NEIGHBOURS + 1, len(means))
-    nearest = torch.from_numpy(KDTree(means.numpy()).query(means.numpy(), count)[1].reshape(len(means), count))  # [G, K]
-    axes = rotation_matrices(quats)[..., :2]  # [G, 3, 2]
-    apart = ((means[nearest] - means[:, None]) @ axes).square().sum(1) / NEIGHBOURS  # [G, 2]
+    nearest = torch.from_numpy(KDTree(means).query(means, count)[1].reshape(len(means), count))  # [G, K]
+    apart = torch.zeros(len(means), 2)  # squared
+    for posed in poses:
+        (places,), (quats,) = cloud.pose(faces, posed[None])  # [G, 3], [G, 4]
+        axes = rotation_matrices(quats)[..., :2]  # [G, 3, 2]
+        apart = torch.maximum(apart, ((places[nearest] - places[:, None]) @ axes).square().sum(1) / NEIGHBOURS)
     least, most = (RADIUS * spacing * limit for limit in RADIUS_RANGE)
     within = (RADIUS / NEIGHBOUR_SPREAD * apart.sqrt()).clamp(least, most)  # [G, 2]
     return torch.cat([within, torch.full((len(means), 1), THICKNESS * spacing)], 1)

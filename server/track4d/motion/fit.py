@@ -206,13 +206,13 @@ def _recall(registration: Registration, poses: list[Pose], costs: list[float], v
         return False
     start, at = poses[int(np.argmin(alike))], frame
     while at > 0 and np.isfinite(costs[at]):
-        kept = registration.targets.get(at), registration.misses.get(at)
+        targets, miss = registration.targets.get(at), registration.misses.get(at)
         for rigidity in (factor for factor in rounds if factor <= LATE_ROUNDS):
             start = registration.refine(start, at, rigidity, each=pool.map)
         cost, start, look = _better(registration, [start], at, pool)
         if cost > CLEARLY * costs[at]:
-            if kept[0] is not None and kept[1] is not None:
-                registration.targets[at], registration.misses[at] = kept
+            if targets is not None and miss is not None:
+                registration.targets[at], registration.misses[at] = targets, miss
             break
         poses[at], costs[at] = start, cost
         views[at] = registration.evidence(start, look, at)
