@@ -31,6 +31,7 @@ OPACITY_MARGIN = 0.01  # opacities this far from 0 and 1, so that their logit is
 FRAMES_PER_STEP = 2
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the colours' change that are tried on the pictures that were held out
 LEAST_GAIN = 0.005  # by which their squared error must fall
+TRUST = 2.0  # times the best share is taken, all of it at most: the trial had a view less, so its colours reach less far
 TESTED = 8  # frames that are looked at for it, at most
 HELD_OUT = 4  # where there is one view, one frame of this many is held out instead
 
@@ -110,7 +111,7 @@ def fit_light(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, mask
     share = 1.0
     if held_frames:
         trial = _fitted(scene, start, kept_frames, kept_views, steps, seed, lambda step: report("appearance", step, 2 * steps))
-        share = _best_share(scene, start, trial, held_frames, held_views)
+        share = min(1.0, TRUST * _best_share(scene, start, trial, held_frames, held_views))
     fitted = _fitted(scene, start, frames, views, steps, seed, lambda step: report("appearance", steps + step, 2 * steps))
     look = fitted.with_colors(start, share)
     return replace(cloud, scales=look.scales.exp(), opacities=look.opacities.sigmoid()), look.coefficients, share
