@@ -108,11 +108,11 @@ def fit_light(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, mask
     held_views, held_frames = (views[-1:], frames) if len(views) > 1 else (views, frames[HELD_OUT - 1::HELD_OUT])
     kept_views = views[:-1] if len(views) > 1 else views
     kept_frames = frames if len(views) > 1 else [frame for frame in frames if frame not in held_frames]
-    share = 1.0
+    share, tried = 1.0, steps // 2  # half of them tell as well what the colours are good for
     if held_frames:
-        trial = _fitted(scene, start, kept_frames, kept_views, steps, seed, lambda step: report("appearance", step, 2 * steps))
+        trial = _fitted(scene, start, kept_frames, kept_views, tried, seed, lambda step: report("appearance", step, tried + steps))
         share = min(1.0, TRUST * _best_share(scene, start, trial, held_frames, held_views))
-    fitted = _fitted(scene, start, frames, views, steps, seed, lambda step: report("appearance", steps + step, 2 * steps))
+    fitted = _fitted(scene, start, frames, views, steps, seed, lambda step: report("appearance", tried + step, tried + steps))
     look = fitted.with_colors(start, share)
     return replace(cloud, scales=look.scales.exp(), opacities=look.opacities.sigmoid()), look.coefficients, share
 
