@@ -109,10 +109,11 @@ def fit_light(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, mask
     kept_views = views[:-1] if len(views) > 1 else views
     kept_frames = frames if len(views) > 1 else [frame for frame in frames if frame not in held_frames]
     share, tried = 1.0, steps // 2  # half of them tell as well what the colours are good for
+    every = tried + steps
     if held_frames:
-        trial = _fitted(scene, start, kept_frames, kept_views, tried, seed, lambda step: report("appearance", step, tried + steps))
+        trial = _fitted(scene, start, kept_frames, kept_views, tried, seed, lambda step: report("appearance", step, every))
         share = min(1.0, TRUST * _best_share(scene, start, trial, held_frames, held_views))
-    fitted = _fitted(scene, start, frames, views, steps, seed, lambda step: report("appearance", tried + step, tried + steps))
+    fitted = _fitted(scene, start, frames, views, steps, seed, lambda step: report("appearance", tried + step, every))
     look = fitted.with_colors(start, share)
     return replace(cloud, scales=look.scales.exp(), opacities=look.opacities.sigmoid()), look.coefficients, share
 
