@@ -62,7 +62,7 @@ def drawn_sittings(mesh: Mesh, shading: np.ndarray, size: int, motion: np.ndarra
     for k, frame in enumerate(np.linspace(0, len(poses) - 1, DRAWN).round().astype(int)):
         azimuths = 45 + k * TURN + np.arange(PICTURES) * 360 / PICTURES
         viewmats = orbit_viewmats(azimuths, DRAWN_ELEVATIONS[k % len(DRAWN_ELEVATIONS)])
-        rgba = zbuffer.render(mesh, poses[frame][None], viewmats, Ks, size, 4, shading)[0]
+        rgba = zbuffer.render(mesh, poses[frame][None], viewmats, Ks, size, shading=shading)[0]
         sittings.append(Sitting(poses[frame], zbuffer.over(rgba, BACKGROUND), rgba[..., 3], viewmats, Ks))
     return sittings
 
