@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--per-verb", type=int, default=2)
     parser.add_argument("--verbs", nargs="+", choices=VERB_NAMES, default=list(VERB_NAMES), help="asked for; all are answers")
-    parser.add_argument("--objects", type=int, default=0, help="seed of the held-out objects; settings were chosen on 0, 1 and 2")
+    parser.add_argument("--objects", type=int, default=0, help="seed of the held-out objects; settings were chosen on 0 and 2")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--steps", type=int, nargs="+", default=[25, 8])
