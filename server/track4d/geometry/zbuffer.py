@@ -184,9 +184,19 @@ def straight(rgba: np.ndarray) -> np.ndarray:
     return np.concatenate([rgba[..., :3] / np.maximum(rgba[..., 3:], 1e-6), rgba[..., 3:]], -1)
 
 
+@njit(fastmath=True, cache=True, nogil=True, error_model="numpy")
+def _over(rgba, background, out):
+    for p in range(rgba.shape[0]):
+        behind = (1 - rgba[p, 3]) * background
+        for c in range(3):
+            out[p, c] = rgba[p, c] + behind
+
+
 def over(rgba: np.ndarray, background: float) -> np.ndarray:
-    """Premultiplied RGBA [..., 4] on a plain grey; [..., 3]."""
-    return rgba[..., :3] + (1 - rgba[..., 3:]) * background
+    """Premultiplied RGBA [..., 4] on a plain grey; [..., 3] float32."""
+    out = np.empty((*rgba.shape[:-1], 3), np.float32)
+    _over(np.ascontiguousarray(rgba, np.float32).reshape(-1, 4), np.float32(background), out.reshape(-1, 3))
+    return out
 
 
 def interpolate(fragments: Fragments, triangles: np.ndarray, values: np.ndarray) -> np.ndarray:

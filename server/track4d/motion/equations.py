@@ -13,6 +13,19 @@ from numba import njit
 
 
 @njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
+def place_points(starts, members, levers, weights, rotations, positions):
+    """The arms R_a m_a of all entries [E, 3], and the points x [P, 3]; point i owns the entries starts[i]..starts[i + 1]."""
+    arms, points = np.empty((members.shape[0], 3)), np.zeros((starts.shape[0] - 1, 3))
+    for i in range(points.shape[0]):
+        for a in range(starts[i], starts[i + 1]):
+            R, p, m = rotations[members[a]], positions[members[a]], levers[a]
+            for x in range(3):
+                arms[a, x] = R[x, 0] * m[0] + R[x, 1] * m[1] + R[x, 2] * m[2]
+                points[i, x] += arms[a, x] + weights[a] * p[x]
+    return arms, points
+
+
+@njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
 def add_pixels(points, viewmats, Ks, targets, weights, scale, information, pull):
     """Adds picture observations of points to their 3x3 information and to their pull (its residual times the Jacobian).
 

@@ -24,7 +24,7 @@ from track4d_protocol.space import BACKGROUND
 from ..geometry import zbuffer
 from ..geometry.mesh import Mesh
 from ..tracking.flow import bilinear, match_points, to_grey
-from .equations import add_edges, add_pixels, add_places, add_points, solve_band
+from .equations import add_edges, add_pixels, add_places, add_points, place_points, solve_band
 from .footage import Footage
 from .nodes import ControlNodes
 
@@ -198,9 +198,10 @@ class Registration:
 
     def points(self, pose: Pose) -> np.ndarray:
         """Positions of the surface points; [P, 3] float64."""
-        shares = np.einsum("nij,nj->ni", pose.rotations[self.members], self.levers)
-        shares += self.weights[:, None] * pose.positions[self.members]
-        return np.add.reduceat(shares, self.starts[:-1], axis=0)
+        return self._arms_and_points(pose)[1]
+
+    def _arms_and_points(self, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
+        return place_points(self.starts, self.members, self.levers, self.weights, pose.rotations, pose.positions)
 
     def vertices(self, pose: Pose) -> np.ndarray:
         """Positions of the mesh's vertices; [N, 3] float32."""
@@ -342,10 +343,12 @@ class Registration:
                 lost.weights[v, astray] = SILHOUETTE_WEIGHT
                 inwards.weights[v, astray] = 0
 
-            unlike = look.alpha[v] < 0.3
+            row, column = np.nonzero(mask)
+            unlike = look.alpha[v, row, column] < 0.3
             if coarse:
-                unlike |= np.abs(look.colors[v] * 255 - footage.colors[v, frame]).max(-1) > UNLIKE
-            row, column = np.nonzero(mask & unlike)
+                differences = np.abs(look.colors[v, row, column] * 255 - footage.colors[v, frame, row, column])
+                unlike |= (differences > UNLIKE).any(1)
+            row, column = row[unlike], column[unlike]
             pixels = np.stack([column, row], 1) + 0.5
             inner = self._within(pixels)
             pixels, colors = pixels[inner], footage.colors[v, frame, row[inner], column[inner]]
@@ -397,7 +400,7 @@ class Registration:
         nodes, count, unit = self.nodes, len(self.nodes.rest), self.footage.unit
         tails, heads = nodes.edges.T
         for _ in range(steps or self.steps):
-            points = self.points(pose)
+            arms, points = self._arms_and_points(pose)
             information, pull = np.zeros((len(points), 3, 3)), np.zeros((len(points), 3))
             for target in targets:
                 add_pixels(points, self.footage.viewmats, self.Ks, target.uv.astype(np.float64) / unit,
@@ -416,7 +419,6 @@ class Registration:
                 information += expected[1] * PIXELS_PER_UNIT**2 * np.eye(3)
                 pull += expected[1] * PIXELS_PER_UNIT**2 * (points - expected[0])
             band, gradient = np.zeros((6 * count, self.band_width)), np.zeros(6 * count)
-            arms = np.einsum("nij,nj->ni", pose.rotations[self.members], self.levers)
             add_points(band, gradient, self.starts, self.slot[self.members], arms, self.weights, information, pull)
             spokes = np.einsum("eij,ej->ei", pose.rotations[tails], nodes.offsets)
             residuals = spokes - (pose.positions[heads] - pose.positions[tails])
