@@ -80,7 +80,7 @@ def compare(archive: Path, picture: Path, frame: int, size: int) -> None:
     """Draws frame `frame` of an archive from its left side in both ways and tells how far they are apart."""
     import torch
     from PIL import Image
-    from track4d.gaussians.rasterise import rasterise
+    from track4d.gaussians.rasterise import SAMPLES, rasterise
     from track4d_addon.apply.gaussian_cloud import gaussian_cloud
     from track4d_addon.capture.cameras import set_camera
     from track4d_addon.capture.colors import linear_to_srgb
@@ -116,7 +116,7 @@ def compare(archive: Path, picture: Path, frame: int, size: int) -> None:
     arrays = (splats.means[frame : frame + 1], splats.quats[frame : frame + 1], splats.scales, splats.opacities,
               splats.colors(frame, viewer=eye), viewmat[None], K[None])  # fmt: skip
     tensors = (torch.from_numpy(np.ascontiguousarray(array, np.float32)) for array in arrays)
-    rgb, coverage = rasterise(*tensors, size, torch.full((3,), BACKGROUND))
+    rgb, coverage = rasterise(*tensors, size, torch.full((3,), BACKGROUND), SAMPLES)
     ours, there = rgb[0, 0].clamp(0, 1).numpy(), coverage[0, 0].numpy() > 0.05
     difference = blender - ours
     inside, whole = (-10 * np.log10((part**2).mean()) for part in (difference[there], difference))

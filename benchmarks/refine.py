@@ -24,7 +24,7 @@ import torch
 from recover import CLIPS, EXTRAS, HERE, SIZE, Truth, film, load_truth, measure, paper_motion, straight
 from track4d.gaussians.cloud import Cloud
 from track4d.gaussians.light import fit_light
-from track4d.gaussians.rasterise import rasterise
+from track4d.gaussians.rasterise import SAMPLES, rasterise
 from track4d.gaussians.spherical_harmonics import sh_colors, sh_from_colors, view_directions
 from track4d.geometry import zbuffer
 from track4d.motion.appearance import estimate_shading
@@ -51,8 +51,10 @@ def surface_cloud(truth: Truth, video: np.ndarray, shading: np.ndarray, quality:
 
 
 def new_view_psnr(truth: Truth, cloud: Cloud, vertices: np.ndarray, sh: torch.Tensor,
-                  shadings: np.ndarray | None = None) -> float:
-    """PSNR in dB of frames 1.. in the new view over the object; shadings [F, N] of the truth where its light moves."""
+                  shadings: np.ndarray | None = None, samples: int = SAMPLES) -> float:
+    """PSNR in dB of frames 1.. in the new view over the object; shadings [F, N] of the truth where its light moves.
+
+    The truth has 4 samples along each axis of a pixel, the Gaussians `samples`."""
     Ks, frames = intrinsics(SIZE, 1), len(vertices)
     camera = torch.from_numpy(NEW_VIEW), torch.from_numpy(Ks)
     squared, area = 0.0, 0.0
@@ -61,7 +63,7 @@ def new_view_psnr(truth: Truth, cloud: Cloud, vertices: np.ndarray, sh: torch.Te
         rgba = zbuffer.render(truth.mesh, truth.vertices[f:f + 1], NEW_VIEW, Ks, SIZE, 4, shading)[0, 0]
         means, quats = cloud.pose(truth.mesh.faces, torch.from_numpy(vertices[f:f + 1]))
         colors = sh_colors(sh, view_directions(means, camera[0]), torch.tensor([float(f)]), frames)
-        rgb, _ = rasterise(means, quats, cloud.scales, cloud.opacities, colors, *camera, SIZE, BACKGROUND)
+        rgb, _ = rasterise(means, quats, cloud.scales, cloud.opacities, colors, *camera, SIZE, BACKGROUND, samples)
         off = (rgb[0, 0].clamp(0, 1).numpy() - zbuffer.over(rgba, BACKGROUND)) ** 2  # [S, S, 3]
         squared += float((off.mean(-1) * rgba[..., 3]).sum())
         area += float(rgba[..., 3].sum())

@@ -180,7 +180,7 @@ def _splat_pictures(splats: Splats, viewmats: np.ndarray, Ks: np.ndarray, size: 
     """[V, size, size, 4]: sRGB on the grey, and opacity."""
     import torch
 
-    from .gaussians.rasterise import rasterise
+    from .gaussians.rasterise import SAMPLES, rasterise
 
     eyes = -np.einsum("vji,vj->vi", viewmats[:, :3, :3], viewmats[:, :3, 3])
     colors = np.stack([splats.colors(0, viewer=eye) for eye in eyes])[None]  # [1, V, N, 3]
@@ -188,7 +188,7 @@ def _splat_pictures(splats: Splats, viewmats: np.ndarray, Ks: np.ndarray, size: 
     means, quats, scales, opacities, seen, cameras, lenses = (
         torch.as_tensor(np.ascontiguousarray(array, np.float32)) for array in arrays)
     with torch.no_grad():
-        rgb, alpha = rasterise(means, quats, scales, opacities, seen, cameras, lenses, size, space.BACKGROUND)
+        rgb, alpha = rasterise(means, quats, scales, opacities, seen, cameras, lenses, size, space.BACKGROUND, SAMPLES)
     return torch.cat([rgb[0], alpha[0, ..., None]], -1).numpy()
 
 

@@ -202,6 +202,23 @@ def test_all_frames_and_views_are_one_call_of_each_kernel(monkeypatch):
     assert calls == ["draw", "draw_backward", "project_backward"]
 
 
+def test_samples_are_averaged_from_a_finer_picture():
+    scene = make_scene(frames=2, views=2, size=21)
+    fine = {k: x.double() if torch.is_tensor(x) else x for k, x in scene.items()}
+    fine["Ks"], fine["size"] = fine["Ks"] * torch.tensor([3.0, 3, 1])[:, None], 63
+    pictures = []
+    for values, function, more in ((scene, rasterise, {"samples": 3}), (fine, rasterise_dense, {})):
+        values = dict(values, means=values["means"].clone().requires_grad_(), colors=values["colors"].clone().requires_grad_())
+        image, alpha = function(**values, **more)
+        if not more:
+            image, alpha = (x.unflatten(2, (21, 3)).unflatten(4, (21, 3)).mean((3, 5)) for x in (image, alpha))
+        (image.square().sum() + alpha.square().sum()).backward()
+        pictures.append((image.detach(), alpha.detach(), values["means"].grad, values["colors"].grad))
+    for ours, theirs in zip(*pictures):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
 def test_two_forwards_before_their_backwards():
     """No call may overwrite what the backward of another one needs."""
     first, second = make_scene(seed=10), make_scene(seed=11, gaussians=300)

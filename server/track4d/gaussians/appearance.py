@@ -16,7 +16,7 @@ from track4d_protocol.space import BACKGROUND, intrinsics, orbit_viewmats
 from ..geometry import zbuffer
 from ..geometry.mesh import Mesh
 from .cloud import Cloud
-from .rasterise import picture_loss, rasterise
+from .rasterise import SAMPLES, picture_loss, rasterise
 
 Array = np.ndarray | Tensor
 
@@ -90,18 +90,20 @@ def refine_appearance(cloud: Cloud, faces: Array, captured: Sitting, drawn: list
                                   {"params": [opacities], "lr": OPACITY_RATE}])
     slower = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, LAST_RATE, max(steps, 1))
     generator = torch.Generator().manual_seed(seed)
-    order: list[Sitting] = []
+    sittings = [*drawn, captured]
+    poses = [cloud.pose(faces, torch.as_tensor(sitting.vertices, dtype=torch.float32, device=device)[None]) for sitting in sittings]
+    order: list[int] = []
     for step in range(steps):
-        sitting = captured
+        at = len(drawn)
         if drawn and step % CAPTURED_EVERY:
-            order = order or [drawn[k] for k in torch.randperm(len(drawn), generator=generator)]
-            sitting = order.pop()
+            order = order or torch.randperm(len(drawn), generator=generator).tolist()
+            at = order.pop()
+        sitting = sittings[at]
         chosen = torch.randperm(len(sitting.pictures), generator=generator)[:PICTURES].numpy()
         pictures, alphas, viewmats, Ks = (torch.as_tensor(x[chosen], dtype=torch.float32, device=device) for x in (
             sitting.pictures, sitting.alphas, sitting.viewmats, sitting.Ks))
-        means, quats = cloud.pose(faces, torch.as_tensor(sitting.vertices, dtype=torch.float32, device=device)[None])
-        rgb, alpha = rasterise(means, quats, scales.exp(), opacities.sigmoid(), colors.sigmoid(), viewmats, Ks,
-                               pictures.shape[1], background)  # [1, v, H, H, 3], [1, v, H, H]
+        rgb, alpha = rasterise(*poses[at], scales.exp(), opacities.sigmoid(), colors.sigmoid(), viewmats, Ks,
+                               pictures.shape[1], background, SAMPLES)  # [1, v, H, H, 3], [1, v, H, H]
         shown = picture_loss(rgb[0], alpha[0], pictures, alphas, squared=1.0) / alphas.mean().clamp(min=1e-3)
         optimiser.zero_grad()
         (shown + KEEP_COLORS * (colors - first_colors).square().mean()).backward()
@@ -117,6 +119,7 @@ def still_psnr(cloud: Cloud, faces: Array, sitting: Sitting, background: float =
         torch.as_tensor(x, dtype=torch.float32, device=cloud.scales.device)
         for x in (sitting.vertices, sitting.pictures, sitting.alphas, sitting.viewmats, sitting.Ks))
     means, quats = cloud.pose(faces, vertices[None])  # [1, G, 3], [1, G, 4]
-    rgb, _ = rasterise(means, quats, cloud.scales, cloud.opacities, cloud.colors, viewmats, Ks, pictures.shape[1], background)
+    rgb, _ = rasterise(means, quats, cloud.scales, cloud.opacities, cloud.colors, viewmats, Ks, pictures.shape[1], background,
+                       SAMPLES)
     error = ((rgb[0].clamp(0, 1) - pictures).square().mean(-1) * alphas).sum() / alphas.sum()
     return float(-10 * error.clamp(min=1e-10).log10())

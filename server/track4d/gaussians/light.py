@@ -18,7 +18,7 @@ from track4d_protocol.space import BACKGROUND
 
 from ..progress import Report, silent
 from .cloud import Cloud
-from .rasterise import picture_loss, rasterise
+from .rasterise import SAMPLES, picture_loss, rasterise
 from .spherical_harmonics import cosine_basis, sh_colors, sh_from_colors, view_directions
 
 Array = np.ndarray | Tensor
@@ -28,7 +28,6 @@ SLOWER = 4.0  # the rates of single directions and times are this much smaller
 # Weights of staying with the start, where the pictures don't say otherwise: colours, their change in time, by direction, sizes.
 KEEP, KEEP_STEADY, KEEP_MATT, KEEP_SCALES = 0.01, 0.1, 1.0, 0.02
 OPACITY_MARGIN = 0.01  # opacities this far from 0 and 1, so that their logit is finite
-FRAMES_PER_STEP = 2
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the colours' change that are tried on the pictures that were held out
 LEAST_GAIN = 0.005  # by which their squared error must fall
 TRUST = 2.0  # times the best share is taken, all of it at most: the trial had a view less, so its colours reach less far
@@ -41,15 +40,15 @@ class Shown:
     """The video that a cloud shall look like.
 
     Attributes:
-        faces: [T, 3]; vertices: [F, N, 3] the mesh's motion.
+        means: [F, G, 3]; quats: [F, G, 4] of the moving Gaussians.
         pictures: [V, F, H, H, 3] sRGB in 0..1, on the background; masks: [V, F, H, H] in 0..1, where the object is.
         viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of these pictures.
         background: grey behind the pictures, sRGB.
     """
 
-    faces: Array
     background: float
-    vertices: Tensor
+    means: Tensor
+    quats: Tensor
     pictures: Tensor
     masks: Tensor
     viewmats: Tensor
@@ -57,12 +56,12 @@ class Shown:
 
     def draw(self, look: Look, frames: list[int], views: list[int]) -> tuple[Tensor, Tensor]:
         """RGB [f, v, H, H, 3] and alpha [f, v, H, H] of some frames and views."""
-        means, quats = look.cloud.pose(self.faces, self.vertices[frames])  # [f, G, 3], [f, G, 4]
+        means = self.means[frames]  # [f, G, 3]
         moments = torch.tensor(frames, dtype=torch.float32, device=means.device)
         directions = view_directions(means, self.viewmats[views])
-        colors = sh_colors(look.coefficients, directions, moments, len(self.vertices))  # [f, v, G, 3]
-        return rasterise(means, quats, look.scales.exp(), look.opacities.sigmoid(), colors, self.viewmats[views], self.Ks[views],
-                         self.pictures.shape[2], self.background)
+        colors = sh_colors(look.coefficients, directions, moments, len(self.means))  # [f, v, G, 3]
+        return rasterise(means, self.quats[frames], look.scales.exp(), look.opacities.sigmoid(), colors, self.viewmats[views], self.Ks[views],
+                         self.pictures.shape[2], self.background, SAMPLES)
 
     def wanted(self, frames: list[int], views: list[int]) -> tuple[Tensor, Tensor]:
         """What that should be: pictures [f, v, H, H, 3] and masks [f, v, H, H]."""
@@ -73,7 +72,6 @@ class Shown:
 class Look:
     """Sizes [G, 3] as logarithms, opacities [G] as logits and 4D SH [G, K, W, 3] of a cloud's Gaussians."""
 
-    cloud: Cloud
     scales: Tensor
     opacities: Tensor
     coefficients: Tensor
@@ -89,9 +87,10 @@ def fit_light(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, mask
     """Fits 4D SH (Eq. 8 of Track4DGen), sizes and opacities to a video by Adam on the pictures, from the cloud as it is.
 
     Args:
-        faces to Ks: see `Shown`.
+        faces: [T, 3]; vertices: [F, N, 3] the mesh's motion.
+        pictures to Ks: see `Shown`.
         degree: 0 to 3; terms: cosines per coefficient. With 0 and 1 the colours are static.
-        steps: of Adam, each on two frames in all views.
+        steps: of Adam, each on one frame in all views.
         seed: of the order of the frames.
         background: grey behind the pictures, sRGB.
         report: called at every step with "appearance"; may raise `Cancelled`.
@@ -100,10 +99,11 @@ def fit_light(cloud: Cloud, faces: Array, vertices: Array, pictures: Array, mask
         the cloud with its new sizes and opacities, the coefficients [G, (degree + 1)^2, terms, 3], and the share of the colours'
         change that was taken: with 0 they are the cloud's own.
     """
-    scene = Shown(faces, background, *(torch.as_tensor(x, dtype=torch.float32, device=cloud.scales.device)
-                                       for x in (vertices, pictures, masks, viewmats, Ks)))
+    motion, *shown = (torch.as_tensor(x, dtype=torch.float32, device=cloud.scales.device)
+                      for x in (vertices, pictures, masks, viewmats, Ks))
+    scene = Shown(background, *cloud.pose(faces, motion), *shown)
     opacities = torch.logit(cloud.opacities.clamp(OPACITY_MARGIN, 1 - OPACITY_MARGIN))
-    start = Look(cloud, cloud.scales.log(), opacities, sh_from_colors(cloud.colors, degree, terms))
+    start = Look(cloud.scales.log(), opacities, sh_from_colors(cloud.colors, degree, terms))
     views, frames = (list(range(count)) for count in pictures.shape[:2])
     held_views, held_frames = (views[-1:], frames) if len(views) > 1 else (views, frames[HELD_OUT - 1::HELD_OUT])
     kept_views = views[:-1] if len(views) > 1 else views
@@ -152,13 +152,12 @@ def _fitted(scene: Shown, first: Look, frames: list[int], views: list[int], step
 
     def present() -> Look:
         coefficients = start + single + functional.pad(shared, (0, 0, 0, start.shape[2] - 1, 0, start.shape[1] - 1))
-        return Look(first.cloud, scales, opacities, coefficients)
+        return Look(scales, opacities, coefficients)
 
     for step in range(steps):
         done(step)
-        if len(order) < min(FRAMES_PER_STEP, len(frames)):
-            order += [frames[k] for k in torch.randperm(len(frames), generator=generator)]
-        chosen, order = order[:FRAMES_PER_STEP], order[FRAMES_PER_STEP:]
+        order = order or [frames[k] for k in torch.randperm(len(frames), generator=generator)]
+        chosen = [order.pop()]
         rgb, alpha = scene.draw(present(), chosen, views)
         wanted, mask = scene.wanted(chosen, views)
         lost = (mask.amax((-2, -1)) == 0)[..., None, None]  # [f, v, 1, 1] pictures without the object say nothing
@@ -171,7 +170,7 @@ def _fitted(scene: Shown, first: Look, frames: list[int], views: list[int], step
         (shown / object_share + kept).backward()
         optimiser.step()
     last = present()
-    return Look(first.cloud, *(x.detach() for x in (last.scales, last.opacities, last.coefficients)))
+    return Look(*(x.detach() for x in (last.scales, last.opacities, last.coefficients)))
 
 
 def resample_sh(coefficients: Tensor, frames: int, new_frames: int) -> Tensor:
