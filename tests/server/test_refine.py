@@ -74,6 +74,15 @@ def test_a_right_motion_stays_as_it_is(scene) -> None:
         np.testing.assert_array_equal(result.field.vertices, scene[1])
 
 
+def test_what_was_held_still_stays(scene) -> None:
+    mesh, truth, *_, registered = scene
+    result, foot = refined(scene), mesh.vertices[:, 2] < -0.4
+    assert result.share > 0 and 0 < foot.sum() < len(foot)
+    np.testing.assert_array_equal(result.field.vertices[:, foot], registered.vertices[:, foot])
+    still = MotionField(np.repeat(mesh.vertices[None], len(truth), 0), registered.confidence)
+    assert refined(scene, field=still).field is still
+
+
 def test_a_correction_that_held_out_pictures_refuse_is_not_taken(scene) -> None:
     wild = replace(QUICK, head_rate=1.0, plane_rate=1.0, steps=3)
     result = refined(scene, wild)

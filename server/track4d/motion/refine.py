@@ -48,6 +48,7 @@ RING = 6  # neighbours per vertex for the rigidity
 FLAT = 0.002  # a window's loss must fall by this share, or the optimisation is over
 MARGIN = 2  # pixels around the object that are left as they are: its soft edge
 MOST_FRAMES = 15  # that take part in one step
+MOVES = 1e-5  # canonical units: what the registration has moved less was held still, because nothing says that it moves
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def refine_motion(mesh: Mesh, field: MotionField, footage: Footage, shading: np.
     if footage.frames < 2 or total == 0:
         return Refined(field, network, 0.0, 0.0, 0.0, 0)
     scene = _Scene(mesh, field, footage, shading, preset, seed)
+    if not scene.moves.any():
+        return Refined(field, network, 0.0, 0.0, 0.0, 0)
     if features is not None:
         scene.read_features(features)
     if preset.distil:
@@ -215,6 +218,7 @@ class _Scene:
         self.neighbours = ring_neighbours(self.edges, len(self.first), RING)  # [M, K]
         self.rest = torch.from_numpy(mesh.vertices[self.first])  # [M, 3]
         self.places = torch.from_numpy(field.vertices[:, self.first])  # [F, M, 3]
+        self.moves = ((self.places - self.rest).abs().amax((0, 2)) > MOVES)[:, None]  # [M, 1]
         self.times = torch.from_numpy(field.times).float()  # [F]
         self.viewmats = torch.from_numpy(footage.viewmats).float()
         self.Ks = torch.from_numpy(footage.Ks).float()
@@ -250,11 +254,11 @@ class _Scene:
         return torch.from_numpy(zbuffer.visible(points.numpy(), depth, footage.viewmats, footage.Ks, HIDDEN))
 
     def correction(self, network: HybridField, sites: Tensor, frames: slice) -> Tensor:
-        """What the field adds to the registered places of some vertices [S]; [F', S, 3]."""
+        """What the field adds to the registered places of some vertices [S], nothing where they are still; [F', S, 3]."""
         rest, times = self.rest[sites], self.times[frames]
         diffusion = None if self.diffusion is None else self.diffusion[frames][:, sites]
         start = rest if self.origin is None else self.origin.move(rest, times, diffusion).detach()
-        return network.move(rest, times, diffusion) - start
+        return (network.move(rest, times, diffusion) - start) * self.moves[sites]
 
     def corrections(self, network: HybridField) -> Tensor:
         """The same for all vertices and frames, without a gradient; frame 0 stays as it is. [F, M, 3]."""
