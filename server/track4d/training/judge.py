@@ -49,6 +49,7 @@ class Score:
 
     Attributes:
         verb: that it looks like.
+        unlikeness: to the nearest reference video of each verb, squared differences summed; the verb's is the least.
         error: mean end-point error, canonical.
         iou: of the silhouettes.
         psnr: of the foreground, dB.
@@ -57,6 +58,7 @@ class Score:
     """
 
     verb: int
+    unlikeness: tuple[float, ...]
     error: float
     iou: float
     psnr: float
@@ -99,7 +101,7 @@ def judge(trial: Trial, tracks: np.ndarray, seconds: float = 0.0) -> Score:
     """Scores vertex tracks [F, N, 3]; the verb is that of the nearest reference video."""
     seen = video(trial.thing, trial.mesh, tracks)
     truth = video(trial.thing, trial.mesh, trial.truth)
-    verb = int(np.argmin([min(((seen - one) ** 2).sum() for one in references) for references in trial.references]))
+    unlikeness = tuple(float(min(((seen - one) ** 2).sum() for one in references)) for references in trial.references)
     error = np.linalg.norm(tracks - trial.truth, axis=-1)[1:].mean()
     overlap = np.minimum(seen[1:, ..., 3], truth[1:, ..., 3]).sum() / np.maximum(seen[1:, ..., 3], truth[1:, ..., 3]).sum()
     inside = np.maximum(seen[..., 3], truth[..., 3]) > 0.05
@@ -107,7 +109,7 @@ def judge(trial: Trial, tracks: np.ndarray, seconds: float = 0.0) -> Score:
     size = np.linalg.norm(tracks - tracks[:1], axis=-1).mean() / max(
         np.linalg.norm(trial.truth - trial.truth[:1], axis=-1).mean(), 1e-6
     )
-    return Score(verb, float(error), float(overlap), psnr, float(size), seconds)
+    return Score(int(np.argmin(unlikeness)), unlikeness, float(error), float(overlap), psnr, float(size), seconds)
 
 
 def run_trial(
