@@ -46,7 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--per-verb", type=int, default=2)
-    parser.add_argument("--verbs", nargs="+", choices=VERB_NAMES, default=list(VERB_NAMES), help="asked for; all are answers, but in the second column")
+    parser.add_argument("--verbs", nargs="+", choices=VERB_NAMES, default=list(VERB_NAMES),
+                        help="asked for; all are answers, but in the second column")
     parser.add_argument("--objects", type=int, default=0, help="seed of the held-out objects; settings were chosen on 0 and 2")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)

@@ -91,7 +91,8 @@ def refine_appearance(cloud: Cloud, faces: Array, captured: Sitting, drawn: list
     slower = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, LAST_RATE, max(steps, 1))
     generator = torch.Generator().manual_seed(seed)
     sittings = [*drawn, captured]
-    poses = [cloud.pose(faces, torch.as_tensor(sitting.vertices, dtype=torch.float32, device=device)[None]) for sitting in sittings]
+    motions = [torch.as_tensor(sitting.vertices, dtype=torch.float32, device=device)[None] for sitting in sittings]
+    poses = [cloud.pose(faces, motion) for motion in motions]
     order: list[int] = []
     for step in range(steps):
         at = len(drawn)

@@ -60,8 +60,8 @@ class Shown:
         moments = torch.tensor(frames, dtype=torch.float32, device=means.device)
         directions = view_directions(means, self.viewmats[views])
         colors = sh_colors(look.coefficients, directions, moments, len(self.means))  # [f, v, G, 3]
-        return rasterise(means, self.quats[frames], look.scales.exp(), look.opacities.sigmoid(), colors, self.viewmats[views], self.Ks[views],
-                         self.pictures.shape[2], self.background, SAMPLES)
+        return rasterise(means, self.quats[frames], look.scales.exp(), look.opacities.sigmoid(), colors, self.viewmats[views],
+                         self.Ks[views], self.pictures.shape[2], self.background, SAMPLES)
 
     def wanted(self, frames: list[int], views: list[int]) -> tuple[Tensor, Tensor]:
         """What that should be: pictures [f, v, H, H, 3] and masks [f, v, H, H]."""
