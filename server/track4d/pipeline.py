@@ -265,7 +265,8 @@ def check_memory(request: Request, quality: Preset) -> None:
     """
     settings, arrays = request.settings, request.arrays
     if settings.task == "fit":
-        views, fitted, side = arrays["video"].shape[:3]
+        views, fitted, *sides = arrays["video"].shape[:4]
+        side = max(sides)
         drawn, shown = 0, min(side, WORKING_SIZE)
     else:
         views, fitted, side = len(arrays["views"]), FITTED_FRAMES, arrays["views"].shape[1]

@@ -52,6 +52,28 @@ def test_empty_and_opaque_black_pictures_are_missing(video):
     assert {tuple(k) for k in np.argwhere(read_footage(broken, VIEWMATS, KS).lost)} == {(0, 1), (3, 2)}
 
 
+@pytest.mark.parametrize("side", [2, 3])
+def test_pictures_need_not_be_square(video, side):
+    first, last = (int(k) for k in np.nonzero((video[..., 3] > 0).any(tuple({0, 1, 2, 3} - {side})))[0][[0, -1]])
+    window = [slice(None)] * 4
+    window[side] = slice(first - 2, last + 3)
+    moved = KS.copy()
+    moved[:, 3 - side, 2] -= first - 2
+    whole, cropped = read_footage(video, VIEWMATS, KS), read_footage(video[tuple(window)], VIEWMATS, moved)
+    assert video[tuple(window)].shape[side] < SIZE and cropped.size == max(video[tuple(window)].shape[2:4])
+    np.testing.assert_allclose(cropped.Ks, moved, rtol=1e-6)
+    there = whole.masks[tuple(window)]
+    np.testing.assert_array_equal(cropped.masks[tuple(slice(k) for k in there.shape)], there)
+    assert cropped.masks.sum() == there.sum()
+    twice = np.kron(video[tuple(window)], np.ones((2, 2, 1), np.uint8))
+    larger = read_footage(twice, VIEWMATS, moved * [[2], [2], [1]])
+    assert larger.size == 2 * cropped.size and larger.masks.sum() == 4 * there.sum()
+    window[side] = slice(first - 2, (first + last) // 2)
+    with pytest.raises(InputError) as caught:
+        read_footage(video[tuple(window)], VIEWMATS, moved)
+    assert caught.value.code == "cut_off" and "view 0" in caught.value.message
+
+
 @pytest.mark.parametrize(("views", "frames"), [(9, 2), (2, 65)])
 def test_more_than_fits_is_refused(views, frames):
     video = np.zeros((views, frames, 32, 32, 4), np.uint8)

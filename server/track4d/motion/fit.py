@@ -259,7 +259,7 @@ def check_memory(video: tuple[int, ...], vertices: int, triangles: int, nodes: i
     if len(video) != 5:
         return  # `read_footage` says what is wrong
     views, frames = video[:2]
-    size = min(video[2], WORKING_SIZE)
+    size = min(max(video[2:4]), WORKING_SIZE)
     pictures = views * size**2 * (5 * frames + STARTS * PIXEL_BYTES)
     surface = vertices * (frames * (3 * 4 + 8 + 4 + 3 * 4) + VERTEX_BYTES) + triangles * TRIANGLE_BYTES
     proxy = min(vertices, 4 * LARGEST_SURFACE) * nodes * 3 * 4

@@ -78,7 +78,8 @@ class Footage:
 def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, masks: np.ndarray | None = None) -> Footage:
     """Checks a video and its cameras and separates the object from the background.
 
-    A picture of one colour throughout, such as a black one, counts as missing.
+    A picture of one colour throughout, such as a black one, counts as missing. Pictures that are not square get background on the
+    right or below.
 
     Args:
         video: [V, F, H, W, 3 or 4] uint8 sRGB, straight alpha. Without alpha and masks the background must be plain.
@@ -86,8 +87,8 @@ def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, masks:
         masks: [V, F, H, W] bool, where the object is; used instead of alpha.
 
     Raises:
-        InputError: wrong shape or type, too many views or frames, pictures that are not square or too small, cameras or masks
-            that don't fit the video, or a background that can't be told from the object.
+        InputError: wrong shape or type, too many views or frames, pictures that are too small, or not square and the object
+            leaves them, cameras or masks that don't fit the video, or a background that can't be told from the object.
     """
     video, viewmats, Ks = np.asarray(video), np.asarray(viewmats, np.float64), np.asarray(Ks, np.float64)
     if video.ndim != 5 or video.shape[-1] not in (3, 4) or video.dtype != np.uint8 or 0 in video.shape:
@@ -97,9 +98,9 @@ def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, masks:
     if views > MOST_VIEWS or frames > MOST_FRAMES:
         raise InputError("video_too_long", f"The video has {views} views and {frames} frames.",
                          f"Give at most {MOST_VIEWS} views and {MOST_FRAMES} frames: leave views out, or every second frame.")
-    if height != width or height < SMALLEST_SIZE:
+    if min(height, width) < SMALLEST_SIZE:
         raise InputError("bad_video_size", f"The video's pictures are {width} x {height} pixels.",
-                         f"Give square pictures of at least {SMALLEST_SIZE} pixels; {WORKING_SIZE} is best.")
+                         f"Give pictures of at least {SMALLEST_SIZE} pixels a side; {WORKING_SIZE} is best.")
     if viewmats.shape != (views, 4, 4) or Ks.shape != (views, 3, 3):
         raise InputError("bad_cameras",
                          f"The video has {views} views, the cameras are {list(viewmats.shape)} and {list(Ks.shape)}.",
@@ -111,9 +112,10 @@ def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, masks:
         raise InputError("bad_masks", f"The masks are {list(np.shape(masks))}, the video has {views} views, {frames} frames and "
                          f"{width} x {height} pixels.", "Give one mask per picture, of the picture's size.")
 
-    size = min(height, WORKING_SIZE)
-    colors = np.empty((views, frames, size, size, 3), np.uint8)
-    inside = np.empty((views, frames, size, size), bool)
+    size = min(max(height, width), WORKING_SIZE)
+    rows, columns = (max(1, round(side * size / max(height, width))) for side in (height, width))
+    colors = np.full((views, frames, size, size, 3), round(BACKGROUND * 255), np.uint8)
+    inside = np.zeros((views, frames, size, size), bool)
     transparent = channels == 4 and bool((video[..., 3] < 255).any())
     missing = np.array([[np.ptp(picture, axis=(0, 1)).max() <= 2 for picture in view] for view in video])  # [V, F]
     for v in range(views):
@@ -131,12 +133,17 @@ def read_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, masks:
             else:
                 color = picture[..., :3].astype(np.float32)
                 alpha = (np.abs(color - background).max(-1) > PLAIN).astype(np.float32)
-            if height != size:
-                color, alpha = (cv2.resize(p, (size, size), interpolation=cv2.INTER_AREA) for p in (color, alpha))
-            colors[v, f] = (color + 0.5).clip(0, 255)
-            inside[v, f] = alpha > 0.5
+            if (height, width) != (rows, columns):
+                color, alpha = (cv2.resize(p, (columns, rows), interpolation=cv2.INTER_AREA) for p in (color, alpha))
+            colors[v, f, :rows, :columns] = (color + 0.5).clip(0, 255)
+            inside[v, f, :rows, :columns] = alpha > 0.5
+    cut = inside[:, :, rows - 1].any(-1) if rows < size else inside[:, :, :, columns - 1].any(-1) & (columns < size)  # [V, F]
+    if cut.any():
+        view, frame = np.argwhere(cut)[0]
+        raise InputError("cut_off", f"The object leaves the picture of {width} x {height} pixels in view {view}, frame {frame}.",
+                         "Show all of it, or crop the video to squares: what lies beyond a square's edge is not asked for.")
     grey = np.stack([np.stack([to_grey(picture) for picture in view]) for view in colors])
-    return Footage(colors, grey, inside, viewmats, scale_intrinsics(Ks, size / height).astype(np.float64))
+    return Footage(colors, grey, inside, viewmats, Ks * np.array([[columns / width], [rows / height], [1]]))
 
 
 def _plain_background(view: np.ndarray, index: int) -> np.ndarray:

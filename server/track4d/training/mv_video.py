@@ -48,6 +48,9 @@ class MVVideo:
         if len({view.shape[1:] for view in decoded}) > 1:
             raise InputError("sizes_differ", f"The views of '{paths[0]}' have different sizes.", "Render them with one size.")
         video = np.stack([view[frames] for view in decoded])  # [V, F, H, W, 3]
+        if video.shape[2] != video.shape[3]:
+            raise InputError("bad_video_size", f"The pictures of '{paths[0]}' are {video.shape[3]} x {video.shape[2]} pixels.",
+                             "MV-Video's are square; crop or render them so.")
         viewmats = space.orbit_viewmats(azimuths, elevation)
         footage = read_footage(video, viewmats, space.intrinsics(video.shape[2], shape.views))
         if footage.size < shape.size:
