@@ -9,7 +9,6 @@ import numpy as np
 from track4d_protocol.errors import InputError
 from track4d_protocol.space import BACKGROUND
 
-from ..geometry.zbuffer import scale_intrinsics
 from ..tracking.flow import to_grey
 
 WORKING_SIZE = 256  # pixels; larger pictures are reduced to it
