@@ -81,7 +81,7 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
             warnings += [*painter.prompt_warnings(settings.prompt), *licence_warnings(licences)]
             stills = arrays["views"]  # [V, H, W, 4]
             check_stills(stills, MOST_VIEWS)
-            video = painted(painter, stills, viewmats, settings.prompt, settings.seed, report)  # [V, F, S, S, 4]
+            video = painted(painter, stills, viewmats, settings.prompt, settings.loop, settings.seed, report)  # [V, F, S, S, 4]
             tracks, filming, video_Ks = None, viewmats, scale_intrinsics(Ks, video.shape[2] / stills.shape[1])
             footage = painted_footage(video, filming, video_Ks)
             painter = painter if quality.paper else None  # its memory is needed for the rest
@@ -176,13 +176,13 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
     )
 
 
-def painted(painter: MultiViewVideo, stills: np.ndarray, viewmats: np.ndarray, prompt: str, seed: int,
+def painted(painter: MultiViewVideo, stills: np.ndarray, viewmats: np.ndarray, prompt: str, loop: bool, seed: int,
             report: Report) -> np.ndarray:
     """The multi-view video [V, F, S, S, 4] uint8 that the video model makes of square pictures [V, H, H, 4] of the object.
 
     Its frame 0, which comes back a little changed from the model, is those pictures again.
     """
-    video = painter.generate(stills, viewmats, prompt, FITTED_FRAMES, seed=seed, report=report)
+    video = painter.generate(stills, viewmats, prompt, FITTED_FRAMES, loop=loop, seed=seed, report=report)
     rest, _ = fitted(stills, painter.size, painter.cell)  # [V, 4, S, S]
     video[:, 0, ..., :3] = (on_background(rest).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     return video

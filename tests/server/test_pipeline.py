@@ -359,9 +359,10 @@ def paints_the_bend(capsule, downloaded, monkeypatch) -> SimpleNamespace:
     """Random weights paint noise, so the capsule that bends is painted over the model's video."""
     monkeypatch.setattr(pipeline, "FITTED_FRAMES", 6)
     given, truth, similarity = bent(capsule, 6, 64)
-    generate = pipeline.MultiViewVideo.generate
+    generate, loops = pipeline.MultiViewVideo.generate, []
 
     def repainted(self, *arguments, **options):
+        loops.append(options["loop"])
         video = generate(self, *arguments, **options, steps=4)
         rgba = given.arrays["video"].astype(np.float32)
         alpha = rgba[..., 3:] / 255
@@ -369,14 +370,14 @@ def paints_the_bend(capsule, downloaded, monkeypatch) -> SimpleNamespace:
         return video
 
     monkeypatch.setattr(pipeline.MultiViewVideo, "generate", repainted)
-    return SimpleNamespace(truth=truth, similarity=similarity)
+    return SimpleNamespace(truth=truth, similarity=similarity, loops=loops)
 
 
 def test_the_published_model_paints_a_video_that_is_fitted(capsule, paints_the_bend) -> None:
     stages = []
     asked = request(*capsule, model="published", frames=6, prompt="it bends " * 40)
     result = run(asked, lambda stage, *_, **__: stages.append(stage))
-    assert stages.count("generate") > 4
+    assert stages.count("generate") > 4 and paints_the_bend.loops == [False]
     assert error(paints_the_bend.similarity.apply(result.arrays["vertices"]), paints_the_bend.truth) < 0.35
     assert result.report["model"].startswith("MV-VDM") and {"generate", "fit", "refine"} <= set(result.report["seconds"])
     assert [w["code"] for w in result.report["warnings"]] == ["long_prompt", "model_licences"]
@@ -395,7 +396,8 @@ def test_the_paper_preset_distils_the_model_that_painted(capsule, paints_the_ben
         return lambda pictures, generator: losses.append(prior(pictures, generator)) or losses[-1]
 
     monkeypatch.setattr(pipeline, "video_prior", spy)
-    result = run(request(*capsule, model="published", preset="paper"), silent)
+    result = run(request(*capsule, model="published", preset="paper", loop=True), silent)
+    assert paints_the_bend.loops == [True]
     assert len(losses) == 2 and all(loss.requires_grad and float(loss.detach()) > 0 for loss in losses)
     assert np.isfinite(result.arrays["vertices"]).all()
 
