@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -63,67 +64,33 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
     """
     clock = Clock(report)
     check_request(request)
-    settings, arrays = request.settings, request.arrays
-    quality = PRESETS[settings.preset]
+    settings, quality = request.settings, PRESETS[request.settings.preset]
     check_memory(request, quality)
-    warnings: list[dict[str, str]] = []
 
     with clock("canonicalise"):
         mesh, similarity = canonical_mesh(request)
-        viewmats = similarity.viewmats_to_canonical(arrays["viewmats"])  # [V, 4, 4]
-        Ks = np.asarray(arrays["Ks"], np.float32)  # [V, 3, 3]
-        pin = arrays.get("pin")  # [N]
-
-    painter = None  # the multi-view video model, where it is asked for
-    if settings.task == "animate" and settings.model == "published":
-        with clock("generate"):  # Stage One
-            painter, licences = open_published()
-            warnings += [*painter.prompt_warnings(settings.prompt), *licence_warnings(licences)]
-            stills = arrays["views"]  # [V, H, W, 4]
-            check_stills(stills, MOST_VIEWS)
-            video = painted(painter, stills, viewmats, settings.prompt, settings.loop, settings.seed, report)  # [V, F, S, S, 4]
-            tracks, filming, video_Ks = None, viewmats, scale_intrinsics(Ks, video.shape[2] / stills.shape[1])
-            footage = painted_footage(video, filming, video_Ks)
-            painter = painter if quality.paper else None  # its memory is needed for the rest
-            shading = estimate_shading(mesh, stills, viewmats, Ks)
-    elif settings.task == "animate":
-        with clock("generate"):  # Stage One
-            generator = shipped_generator()
-            warnings += word_warnings(generator, settings.prompt)
-            stills = arrays["views"]  # [V, H, W, 4]
-            check_stills(stills, len(generator.network.view))
-            generated = generator.generate(mesh, stills, viewmats, Ks, settings.prompt, frames=FITTED_FRAMES,
-                                           seed=settings.seed, report=report)
-            wanted = directed(generated.tracks, settings.strength, settings.loop, settings.keep_root, pin)  # [F, N, 3]
-            shading = estimate_shading(mesh, stills, viewmats, Ks)
-            filming = stepped_back(viewmats, wanted)
-            video = decode_video(mesh, wanted, filming, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
-            footage = read_footage(video, filming, Ks)
-            tracks = Tracks3D(wanted, generated.confidence)
-            report("generate", STEPS, STEPS, moving_grid(video), similarity.invert(wanted))
-        video_Ks = Ks
+        viewmats = similarity.viewmats_to_canonical(request.arrays["viewmats"])  # [V, 4, 4]
+        Ks = np.asarray(request.arrays["Ks"], np.float32)  # [V, 3, 3]
+        pin = request.arrays.get("pin")  # [N]
+    if settings.task == "fit":
+        seen = given(request, mesh, viewmats, Ks)
     else:
-        video, tracks, filming, video_Ks = arrays["video"], None, viewmats, Ks
-        footage = read_footage(video, filming, video_Ks)
-        stills, Ks = footage.straight_views(), footage.Ks.astype(np.float32)
-        shading = estimate_shading(mesh, stills, viewmats, Ks)
+        with clock("generate"):  # Stage One
+            generate = painted if settings.model == "published" else imagined
+            seen = generate(request, mesh, viewmats, Ks, similarity, report)
+    footage, tracks, warnings = seen.footage, seen.tracks, list(seen.warnings)
 
-    captured = still_sitting(mesh, stills, viewmats, Ks)
+    captured = still_sitting(mesh, seen.stills, viewmats, seen.Ks)
     with clock("fit"):  # Stage Two
         if quality.paper is None:
-            field = fit_motion(mesh, video, filming, video_Ks, shading, tracks, quality.fit, settings.seed, report)
+            field = fit_motion(mesh, seen.video, seen.viewmats, seen.video_Ks, seen.shading, tracks, quality.fit, settings.seed,
+                               report)
             warnings += field.warnings
         else:
+            cloud = surface_gaussians(mesh, captured, seen.shading, quality, settings.seed)
             features = diffusion_features(footage, settings.prompt, settings.seed)
-            of_video = of_motion = None
-            if painter is None:
-                of_motion = motion_prior(shipped_generator(), mesh, shading, settings.prompt)
-            else:
-                rest, _ = fitted(stills, painter.size, painter.cell)  # [V, 4, S, S]
-                of_video = video_prior(painter, settings.prompt, torch.from_numpy(viewmats), rest)
-            cloud = surface_gaussians(mesh, captured, shading, quality, settings.seed)
-            found = reconstruct_motion(mesh, cloud, footage, quality.paper, features, video_prior=of_video,
-                                       motion_prior=of_motion, seed=settings.seed, checkpoint=checkpoint, report=report)
+            found = reconstruct_motion(mesh, cloud, footage, quality.paper, features, **prior(request, mesh, viewmats, seen),
+                                       seed=settings.seed, checkpoint=checkpoint, report=report)
             field, sh = found.field, found.coefficients
         if settings.loop and is_cycle(field.vertices):
             field = replace(field, loops=True)
@@ -132,12 +99,12 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
         with clock("refine"):
             refining = quality.refine.rounds * quality.refine.steps > 0
             features = diffusion_features(footage, settings.prompt, settings.seed) if refining else None
-            field = refine_motion(mesh, field, footage, shading, quality.refine, features,
+            field = refine_motion(mesh, field, footage, seen.shading, quality.refine, features,
                                   pinned=None if pin is None else pin > PINNED, seed=settings.seed, checkpoint=checkpoint,
                                   report=report).field
     with clock("appearance"):
         if quality.paper is None:
-            cloud = surface_gaussians(mesh, captured, shading, quality, settings.seed, field.vertices)
+            cloud = surface_gaussians(mesh, captured, seen.shading, quality, settings.seed, field.vertices)
             sh = sh_from_colors(cloud.colors)  # [G, K, W, 3]
             if tracks is None and quality.color_steps:
                 terms = 1 if settings.loop else quality.sh_terms  # cosines over the clip don't end where they began
@@ -152,7 +119,7 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
         vertices = field.sample(np.linspace(-1, 1, settings.frames))  # [F, N, 3]
         vertices = directed(vertices, strength, keep_root=settings.keep_root, pin=pin)
         means, quats = cloud.pose(torch.from_numpy(mesh.faces), torch.from_numpy(vertices))  # [F, G, 3], [F, G, 4]
-        rendered = film(mesh, vertices, filming, Ks, stills.shape[1], shading)
+        rendered = film(mesh, vertices, seen.viewmats, seen.Ks, seen.stills.shape[1], seen.shading)
 
     return Result(
         report={
@@ -176,16 +143,80 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
     )
 
 
-def painted(painter: MultiViewVideo, stills: np.ndarray, viewmats: np.ndarray, prompt: str, loop: bool, seed: int,
-            report: Report) -> np.ndarray:
-    """The multi-view video [V, F, S, S, 4] uint8 that the video model makes of square pictures [V, H, H, 4] of the object.
+@dataclass(frozen=True)
+class Seen:
+    """The multi-view video that Stage Two explains, and what is known of it.
 
-    Its frame 0, which comes back a little changed from the model, is those pictures again.
+    Attributes:
+        video: [V, F, H, W, 3 or 4] uint8; viewmats: [V, 4, 4], its cameras; video_Ks: [V, 3, 3] in pixels of it.
+        footage: the same, ready to be compared.
+        stills: [V, S, S, 4] uint8 of the mesh at rest; Ks: [V, 3, 3] in pixels of these.
+        shading: [N, 3] the light in them, a factor on the texture.
+        tracks: where the vertices go, if the video was made from that.
+        painter: the video model that made it, as long as it is needed.
+        warnings: for the user.
     """
-    video = painter.generate(stills, viewmats, prompt, FITTED_FRAMES, loop=loop, seed=seed, report=report)
+
+    video: np.ndarray
+    viewmats: np.ndarray
+    video_Ks: np.ndarray
+    footage: Footage
+    stills: np.ndarray
+    Ks: np.ndarray
+    shading: np.ndarray
+    tracks: Tracks3D | None = None
+    painter: MultiViewVideo | None = None
+    warnings: Sequence[dict[str, str]] = ()
+
+
+def given(request: Request, mesh: Mesh, viewmats: np.ndarray, Ks: np.ndarray) -> Seen:
+    """The user's own video."""
+    video = request.arrays["video"]
+    footage = read_footage(video, viewmats, Ks)
+    stills, still_Ks = footage.straight_views(), footage.Ks.astype(np.float32)
+    return Seen(video, viewmats, Ks, footage, stills, still_Ks, estimate_shading(mesh, stills, viewmats, still_Ks))
+
+
+def imagined(request: Request, mesh: Mesh, viewmats: np.ndarray, Ks: np.ndarray, similarity: Similarity,
+             report: JobReport) -> Seen:
+    """Stage One by the generator that ships: it moves the mesh, and the video is drawn of that."""
+    settings, stills, generator = request.settings, request.arrays["views"], shipped_generator()
+    check_stills(stills, len(generator.network.view))
+    generated = generator.generate(mesh, stills, viewmats, Ks, settings.prompt, frames=FITTED_FRAMES, seed=settings.seed,
+                                   report=report)
+    wanted = directed(generated.tracks, settings.strength, settings.loop, settings.keep_root, request.arrays.get("pin"))
+    shading = estimate_shading(mesh, stills, viewmats, Ks)
+    filming = stepped_back(viewmats, wanted)
+    video = decode_video(mesh, wanted, filming, Ks, stills.shape[1], shading)  # [V, F, H, W, 4]
+    report("generate", STEPS, STEPS, moving_grid(video), similarity.invert(wanted))
+    return Seen(video, filming, Ks, read_footage(video, filming, Ks), stills, Ks, shading, Tracks3D(wanted, generated.confidence),
+                warnings=word_warnings(generator, settings.prompt))
+
+
+def painted(request: Request, mesh: Mesh, viewmats: np.ndarray, Ks: np.ndarray, similarity: Similarity,
+            report: JobReport) -> Seen:
+    """Stage One by the published video model. Its frame 0, which comes back a little changed, is the captured pictures again."""
+    settings, stills = request.settings, request.arrays["views"]  # [V, H, H, 4]
+    painter, licences = open_published()
+    check_stills(stills, MOST_VIEWS)
+    video = painter.generate(stills, viewmats, settings.prompt, FITTED_FRAMES, loop=settings.loop, seed=settings.seed,
+                             report=report)  # [V, F, S, S, 4]
     rest, _ = fitted(stills, painter.size, painter.cell)  # [V, 4, S, S]
     video[:, 0, ..., :3] = (on_background(rest).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-    return video
+    video_Ks = scale_intrinsics(Ks, video.shape[2] / stills.shape[1])
+    footage, shading = painted_footage(video, viewmats, video_Ks), estimate_shading(mesh, stills, viewmats, Ks)
+    kept = painter if PRESETS[settings.preset].paper else None  # its memory is needed for the rest
+    return Seen(video, viewmats, video_Ks, footage, stills, Ks, shading, painter=kept,
+                warnings=[*painter.prompt_warnings(settings.prompt), *licence_warnings(licences)])
+
+
+def prior(request: Request, mesh: Mesh, viewmats: np.ndarray, seen: Seen) -> dict:
+    """What 4D-SDS asks: the model that painted the video, or the generator of motions."""
+    prompt = request.settings.prompt
+    if seen.painter is None:
+        return {"motion_prior": motion_prior(shipped_generator(), mesh, seen.shading, prompt)}
+    rest, _ = fitted(seen.stills, seen.painter.size, seen.painter.cell)  # [V, 4, S, S]
+    return {"video_prior": video_prior(seen.painter, prompt, torch.from_numpy(viewmats), rest)}
 
 
 def painted_footage(video: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> Footage:
