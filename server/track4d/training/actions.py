@@ -31,20 +31,22 @@ _NEEDS = {
     "punch": ("arm", "leg"),
     "clap": ("arm", "wing", "leg"),
 }
-_ODD_SHARE = 0.15  # of unsuitable verbs that are kept: nobody is told "no"
+# Of unsuitable verbs that are kept: nobody is told "no". A snake that waves is rare, and needs practice the more.
+_ODD_SHARE = 0.15
+_ODD_PRACTICE = 0.4
 
 
-def suits(thing: ProceduralObject, verb: int, rng: np.random.Generator) -> bool:
+def suits(thing: ProceduralObject, verb: int, rng: np.random.Generator, odd: float = _ODD_SHARE) -> bool:
     """Whether a sample may have the object do the verb: where it has the limbs, and sometimes where it has not."""
     needs = _NEEDS.get(VERB_NAMES[verb])
-    return needs is None or bool(thing.of(*needs)) or rng.random() < _ODD_SHARE
+    return needs is None or bool(thing.of(*needs)) or rng.random() < odd
 
 
 def draw_verb(rng: np.random.Generator, thing: ProceduralObject) -> int:
     """A random verb that suits the object; index into `VERBS`."""
     while True:
         verb = int(rng.choice(len(VERBS), p=_SHARES))
-        if suits(thing, verb, rng):
+        if suits(thing, verb, rng, _ODD_PRACTICE):
             return verb
 
 

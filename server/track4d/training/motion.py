@@ -61,7 +61,7 @@ def rate(settings: TrainingSettings, step: int) -> float:
 
 def make_optimizers(network: MotionUNet, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers, AdamW for the rest; a group's `base` is its rate in the constant phase."""
-    outer = ("latent_in", "condition_in", "out.", "text.", "view")
+    outer = ("latent_in", "condition_in", "out", "text.", "view")
     hidden: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in network.named_parameters():
@@ -86,8 +86,9 @@ def diffusion_loss(network: MotionUNet, batch: Batch, generator: torch.Generator
     with torch.autocast("cpu", torch.bfloat16):
         clean = network(noisy, batch.condition, noise_level, batch.tokens, drop)
     count = batch.mask.sum((1, 2, 3, 4)) * batch.latent.shape[2]  # numbers that describe the object; [B]
-    errors = ((clean.float() - batch.latent).square() * batch.mask).sum((1, 2, 3, 4)) / count
-    energy = batch.latent.square().sum((1, 2, 3, 4)) / count  # a latent is 0 outside of the mask
+    every = (1, 2, 3, 4)
+    errors = torch.linalg.vector_norm((clean.float() - batch.latent) * batch.mask, dim=every).square() / count
+    energy = torch.linalg.vector_norm(batch.latent, dim=every).square() / count  # a latent is 0 outside of the mask
     return (errors * (energy + SMALL_ENERGY) ** -0.5).mean(), errors.detach().mean()
 
 

@@ -2,7 +2,8 @@
 
 A small relative of MV-VDM's (Track4DGen, section 3): the four static views are denoised together, and attention over
 all their tokens at the two coarse levels keeps them consistent. Position comes from the rest-position map alone, so
-that tokens of different views that see the same place know it, and so that no parameter is bound to a resolution.
+that tokens of different views that see the same place know it, and so that no parameter is bound to a resolution. The last
+stage works on quarters of a token, so that a thin limb needn't move as the body beside it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ class UNetConfig:
     """Sizes of the network; stored with its weights.
 
     Attributes:
+        channels: of the three levels of tokens, fine to coarse.
+        detail: channels of the last stage, on cells of half a token's side.
         grid: pixels along each side of the motion latent.
-        patch: pixels along each side of a token of the finest level.
+        patch: pixels along each side of a token of the finest level; even.
     """
 
     channels: tuple[int, int, int] = (64, 96, 128)
+    detail: int = 32
     embedding: int = 160
     text_width: int = 64
     grid: int = BASE_GRID
@@ -124,7 +128,7 @@ class MotionUNet(nn.Module):
         super().__init__()
         self.config = config = config or UNetConfig()
         fine, middle, coarse = config.channels
-        area, width = config.patch**2, config.embedding
+        area, quarter, width = config.patch**2, (config.patch // 2) ** 2, config.embedding
         self.latent_in = nn.Conv2d(config.latent * area, fine, 1)
         self.condition_in = nn.Conv2d((CONDITION_CHANNELS - 3 + 15) * area, fine, 3, padding=1)
         self.text = TextEncoder(config.vocabulary, config.text_width)
@@ -145,6 +149,11 @@ class MotionUNet(nn.Module):
         self.fine_up = nn.ModuleList(ResidualBlock(fine, width) for _ in range(2))
         self.norm = nn.GroupNorm(8, fine)
         self.out = _zero(nn.Conv2d(fine, config.latent * area, 1))
+        self.from_fine = nn.Conv2d(fine, 4 * config.detail, 1)
+        self.latent_in_detail = nn.Conv2d(config.latent * quarter, config.detail, 1)
+        self.condition_in_detail = nn.Conv2d((CONDITION_CHANNELS - 3 + 15) * quarter, config.detail, 3, padding=1)
+        self.detail = ResidualBlock(config.detail, width)
+        self.out_detail = _zero(nn.Conv2d(config.detail, config.latent * quarter, 1))
 
     def forward(
         self, noisy: Tensor, condition: Tensor, noise_level: Tensor, tokens: Tensor, drop: Tensor | None = None
@@ -178,6 +187,9 @@ class MotionUNet(nn.Module):
         places = F.avg_pool2d(torch.cat([codes, mask], 1), 2 * patch)  # [B * V, 16, H / 4, W / 4]
         places = torch.cat([places[:, :15] / places[:, 15:].clamp(min=0.05), places[:, 15:]], 1)
         coarse_places = F.avg_pool2d(places, 2)
+        if torch.is_autocast_enabled(noisy.device.type):  # as the convolutions would, once instead of thrice
+            kind = torch.get_autocast_dtype(noisy.device.type)
+            noisy, inputs = noisy.to(kind), inputs.to(kind)
         h = self.latent_in(F.pixel_unshuffle(noisy, patch)) + self.condition_in(F.pixel_unshuffle(inputs, patch))
         fine = h = self.fine_down(h, embedding)
         middle = h = self.middle_down(self.to_middle(h), embedding)
@@ -190,7 +202,13 @@ class MotionUNet(nn.Module):
         h = F.interpolate(self.from_middle(h), scale_factor=2.0, mode="nearest") + fine
         for block in self.fine_up:
             h = block(h, embedding)
-        out = F.pixel_shuffle(self.out(F.silu(self.norm(h))), patch)
+        h = F.silu(self.norm(h))
+        out = F.pixel_shuffle(self.out(h), patch)
+        cell = patch // 2
+        if cell > 1:
+            noisy, inputs = F.pixel_unshuffle(noisy, cell), F.pixel_unshuffle(inputs, cell)
+        h = F.pixel_shuffle(self.from_fine(h), 2) + self.latent_in_detail(noisy) + self.condition_in_detail(inputs)
+        out = out + F.pixel_shuffle(self.out_detail(F.silu(self.detail(h, embedding))), cell)
         return out.view(batch, views, -1, height, width)
 
     @torch.no_grad()
@@ -199,16 +217,17 @@ class MotionUNet(nn.Module):
         config = replace(self.config, grid=2 * self.config.grid, patch=2 * self.config.patch)
         fine, state = MotionUNet(config), self.state_dict()
 
-        def spread(weight: Tensor, dimension: int) -> Tensor:
+        def spread(weight: Tensor, dimension: int, side: int) -> Tensor:
             """Channels (c, y, x) of a patch, each repeated for the 2 x 2 finer pixels it becomes."""
             before, after = weight.shape[:dimension], weight.shape[dimension + 1 :]
-            patches = weight.reshape(*before, -1, self.config.patch, self.config.patch, *after)
+            patches = weight.reshape(*before, -1, side, side, *after)
             patches = patches.repeat_interleave(2, dimension + 1).repeat_interleave(2, dimension + 2)
             return patches.reshape(*before, -1, *after)
 
-        for name in ("latent_in.weight", "condition_in.weight"):
-            state[name] = spread(state[name], 1) / 4
-        for name in ("out.weight", "out.bias"):
-            state[name] = spread(state[name], 0)
+        for stage, side in (("", self.config.patch), ("_detail", self.config.patch // 2)):
+            for name in (f"latent_in{stage}.weight", f"condition_in{stage}.weight"):
+                state[name] = spread(state[name], 1, side) / 4
+            for name in (f"out{stage}.weight", f"out{stage}.bias"):
+                state[name] = spread(state[name], 0, side)
         fine.load_state_dict(state)
         return fine
