@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from track4d_protocol.errors import InputError
@@ -34,6 +35,13 @@ class Mesh:
         self.uvs = np.ascontiguousarray(np.zeros((count, 3, 2)) if uvs is None else uvs, np.float32)
         self.materials = np.ascontiguousarray(np.zeros(count) if materials is None else materials, np.int32)
         self.textures = textures or [np.full((1, 1, 3), 0.8, np.float32)]
+
+    @cached_property
+    def texels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All textures in one array [X, 3] float32, row by row, where each begins in it [M], and its height and width [M, 2]."""
+        sizes = np.array([texture.shape[:2] for texture in self.textures], np.int64)
+        texels = np.concatenate([texture.reshape(-1, 3) for texture in self.textures]).astype(np.float32, copy=False)
+        return texels, np.concatenate([[0], np.cumsum(sizes.prod(1))[:-1]]).astype(np.int64), sizes
 
     def edges(self) -> np.ndarray:
         """Unique undirected edges; [E, 2] int64."""

@@ -32,61 +32,90 @@ class Fragments(NamedTuple):
     inverse_depth: np.ndarray
 
 
+@njit(fastmath=True, cache=True, nogil=True, error_model="numpy")
+def _on_screen(vertices, M, K):
+    """Where vertices [N, 3] are in a picture: x, y in pixels and 1 / depth, which is 0 behind the camera; [N, 3]."""
+    screen = np.empty((vertices.shape[0], 3), np.float32)
+    for i in range(vertices.shape[0]):
+        x, y, z = vertices[i, 0], vertices[i, 1], vertices[i, 2]
+        depth = M[2, 0] * x + M[2, 1] * y + M[2, 2] * z + M[2, 3]
+        if depth < NEAR:
+            screen[i, 2] = 0
+            continue
+        inverse = 1 / depth
+        screen[i, 0] = K[0, 0] * (M[0, 0] * x + M[0, 1] * y + M[0, 2] * z + M[0, 3]) * inverse + K[0, 2]
+        screen[i, 1] = K[1, 1] * (M[1, 0] * x + M[1, 1] * y + M[1, 2] * z + M[1, 3]) * inverse + K[1, 2]
+        screen[i, 2] = inverse
+    return screen
+
+
+@njit(fastmath=True, cache=True, nogil=True, error_model="numpy")
+def _within(at_zero, slope, first, last):
+    """The columns first..last where at_zero + slope * column may be positive, with one to spare on each side."""
+    if slope > 0:
+        first = max(first, int(max(-at_zero / slope, np.float32(first))) - 1)
+    elif slope < 0:
+        last = min(last, int(min(max(-at_zero / slope, np.float32(-1)), np.float32(last))) + 1)
+    return first, last
+
+
+@njit(fastmath=True, cache=True, nogil=True, error_model="numpy")
+def _fill(screen, triangles, left, top, faces, weights, inverse_depth):
+    """Draws triangles into the window of a picture that begins at column `left` and row `top`; see `Fragments`."""
+    height, width = faces.shape
+    for y in range(height):
+        for x in range(width):
+            inverse_depth[y, x] = 0
+            faces[y, x] = -1
+            weights[y, x, 0] = 0
+            weights[y, x, 1] = 0
+    for t in range(triangles.shape[0]):
+        i, j, k = triangles[t, 0], triangles[t, 1], triangles[t, 2]
+        zi, zj, zk = screen[i, 2], screen[j, 2], screen[k, 2]
+        if zi == 0 or zj == 0 or zk == 0:
+            continue
+        ax, ay = screen[i, 0], screen[i, 1]
+        bx, by = screen[j, 0] - ax, screen[j, 1] - ay
+        cx, cy = screen[k, 0] - ax, screen[k, 1] - ay
+        doubled_area = bx * cy - by * cx
+        if abs(doubled_area) < 1e-9:
+            continue
+        scale = 1 / doubled_area
+        x0 = max(left, int(math.ceil(min(ax, screen[j, 0], screen[k, 0]) - 0.5)))
+        x1 = min(left + width - 1, int(math.floor(max(ax, screen[j, 0], screen[k, 0]) - 0.5)))
+        y0 = max(top, int(math.ceil(min(ay, screen[j, 1], screen[k, 1]) - 0.5)))
+        y1 = min(top + height - 1, int(math.floor(max(ay, screen[j, 1], screen[k, 1]) - 0.5)))
+        for y in range(y0, y1 + 1):
+            py = y + np.float32(0.5) - ay
+            first, last = x0, x1
+            if x1 - x0 > 4:  # in wide triangles: the columns that a row can have, from where the three weights change sign
+                mid = np.float32(0.5) - ax
+                u0, w0 = (mid * cy - py * cx) * scale, (py * bx - mid * by) * scale
+                du, dw = cy * scale, -by * scale
+                first, last = _within(u0, du, first, last)
+                first, last = _within(w0, dw, first, last)
+                first, last = _within(1 - u0 - w0, -du - dw, first, last)
+            for x in range(first, last + 1):
+                px = x + np.float32(0.5) - ax
+                u = (px * cy - py * cx) * scale
+                w = (py * bx - px * by) * scale
+                rest = 1 - u - w
+                if u < 0 or w < 0 or rest < 0:
+                    continue
+                z = rest * zi + u * zj + w * zk  # 1 / depth is linear on the screen
+                if z > inverse_depth[y - top, x - left]:
+                    inverse_depth[y - top, x - left] = z
+                    faces[y - top, x - left] = t
+                    weights[y - top, x - left, 0] = u * zj / z
+                    weights[y - top, x - left, 1] = w * zk / z
+
+
 @njit(parallel=True, fastmath=True, cache=True, error_model="numpy")
-def _fill(vertices, triangles, viewmats, Ks, faces, weights, inverse_depth):
-    views, count = viewmats.shape[0], vertices.shape[1]
-    height, width = faces.shape[1], faces.shape[2]
+def _fill_all(vertices, triangles, viewmats, Ks, faces, weights, inverse_depth):
+    views = viewmats.shape[0]
     for b in prange(faces.shape[0]):
-        f, v = b // views, b % views
-        M, K = viewmats[v], Ks[v]
-        screen = np.empty((count, 3), np.float32)  # x, y in pixels and 1 / depth; 0 behind the camera
-        for i in range(count):
-            x, y, z = vertices[f, i, 0], vertices[f, i, 1], vertices[f, i, 2]
-            depth = M[2, 0] * x + M[2, 1] * y + M[2, 2] * z + M[2, 3]
-            if depth < NEAR:
-                screen[i, 2] = 0
-                continue
-            inverse = 1 / depth
-            screen[i, 0] = K[0, 0] * (M[0, 0] * x + M[0, 1] * y + M[0, 2] * z + M[0, 3]) * inverse + K[0, 2]
-            screen[i, 1] = K[1, 1] * (M[1, 0] * x + M[1, 1] * y + M[1, 2] * z + M[1, 3]) * inverse + K[1, 2]
-            screen[i, 2] = inverse
-        for y in range(height):
-            for x in range(width):
-                inverse_depth[b, y, x] = 0
-                faces[b, y, x] = -1
-                weights[b, y, x, 0] = 0
-                weights[b, y, x, 1] = 0
-        for t in range(triangles.shape[0]):
-            i, j, k = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-            zi, zj, zk = screen[i, 2], screen[j, 2], screen[k, 2]
-            if zi == 0 or zj == 0 or zk == 0:
-                continue
-            ax, ay = screen[i, 0], screen[i, 1]
-            bx, by = screen[j, 0] - ax, screen[j, 1] - ay
-            cx, cy = screen[k, 0] - ax, screen[k, 1] - ay
-            doubled_area = bx * cy - by * cx
-            if abs(doubled_area) < 1e-9:
-                continue
-            scale = 1 / doubled_area
-            x0 = max(0, int(math.ceil(min(ax, screen[j, 0], screen[k, 0]) - 0.5)))
-            x1 = min(width - 1, int(math.floor(max(ax, screen[j, 0], screen[k, 0]) - 0.5)))
-            y0 = max(0, int(math.ceil(min(ay, screen[j, 1], screen[k, 1]) - 0.5)))
-            y1 = min(height - 1, int(math.floor(max(ay, screen[j, 1], screen[k, 1]) - 0.5)))
-            for y in range(y0, y1 + 1):
-                py = y + np.float32(0.5) - ay
-                for x in range(x0, x1 + 1):
-                    px = x + np.float32(0.5) - ax
-                    u = (px * cy - py * cx) * scale
-                    w = (py * bx - px * by) * scale
-                    rest = 1 - u - w
-                    if u < 0 or w < 0 or rest < 0:
-                        continue
-                    z = rest * zi + u * zj + w * zk  # 1 / depth is linear on the screen
-                    if z > inverse_depth[b, y, x]:
-                        inverse_depth[b, y, x] = z
-                        faces[b, y, x] = t
-                        weights[b, y, x, 0] = u * zj / z
-                        weights[b, y, x, 1] = w * zk / z
+        screen = _on_screen(vertices[b // views], viewmats[b % views], Ks[b % views])
+        _fill(screen, triangles, 0, 0, faces[b], weights[b], inverse_depth[b])
 
 
 def rasterise(vertices: np.ndarray, triangles: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, size: int) -> Fragments:
@@ -105,42 +134,66 @@ def rasterise(vertices: np.ndarray, triangles: np.ndarray, viewmats: np.ndarray,
     fragments = Fragments(np.empty((pictures, size, size), np.int32), np.empty((pictures, size, size, 2), np.float32),
                           np.empty((pictures, size, size), np.float32))
     with KERNEL_LOCK:
-        _fill(vertices, np.ascontiguousarray(triangles, np.int32), np.ascontiguousarray(viewmats, np.float32),
-              np.ascontiguousarray(Ks, np.float32), *fragments)
+        _fill_all(vertices, np.ascontiguousarray(triangles, np.int32), np.ascontiguousarray(viewmats, np.float32),
+                  np.ascontiguousarray(Ks, np.float32), *fragments)
     return fragments
 
 
-@njit(parallel=True, fastmath=True, cache=True, error_model="numpy")
-def _shade(faces, weights, triangles, uvs, materials, texels, starts, sizes, shading, samples, out):
-    size = out.shape[1]
+@njit(fastmath=True, cache=True, nogil=True, error_model="numpy")
+def _draw(vertices, triangles, M, K, uvs, materials, texels, starts, sizes, shading, samples, out, depth):
+    """Draws one picture into zeros; only the window that holds the object is looked at."""
+    size = out.shape[0]
+    screen = _on_screen(vertices, M, K)
+    low, high = np.full(2, size * samples, np.float32), np.full(2, -1, np.float32)
+    for i in range(screen.shape[0]):
+        if screen[i, 2] > 0:
+            for a in range(2):
+                low[a], high[a] = min(low[a], screen[i, a]), max(high[a], screen[i, a])
+    left, top = max(0, int(low[0]) // samples), max(0, int(low[1]) // samples)
+    right, bottom = min(size, int(high[0]) // samples + 1), min(size, int(high[1]) // samples + 1)
+    if right <= left or bottom <= top:
+        return
+    height, width = (bottom - top) * samples, (right - left) * samples
+    faces, weights = np.empty((height, width), np.int32), np.empty((height, width, 2), np.float32)
+    inverse_depth = np.empty((height, width), np.float32)
+    _fill(screen, triangles, left * samples, top * samples, faces, weights, inverse_depth)
     share = np.float32(1) / (samples * samples)
-    for b in prange(faces.shape[0]):
-        for y in range(size):
-            for x in range(size):
-                red, green, blue, alpha = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-                for s in range(samples * samples):
-                    sy, sx = y * samples + s // samples, x * samples + s % samples
-                    t = faces[b, sy, sx]
-                    if t < 0:
-                        continue
-                    w1, w2 = weights[b, sy, sx, 0], weights[b, sy, sx, 1]
-                    w0 = 1 - w1 - w2
-                    u = w0 * uvs[t, 0, 0] + w1 * uvs[t, 1, 0] + w2 * uvs[t, 2, 0]
-                    v = w0 * uvs[t, 0, 1] + w1 * uvs[t, 1, 1] + w2 * uvs[t, 2, 1]
-                    m = materials[t]
-                    height, width = sizes[m, 0], sizes[m, 1]
-                    column = min(int((u - math.floor(u)) * width), width - 1)
-                    row = min(int((1 - (v - math.floor(v))) * height), height - 1)
-                    texel = starts[m] + row * width + column
-                    i, j, k = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-                    red += texels[texel, 0] * (w0 * shading[i, 0] + w1 * shading[j, 0] + w2 * shading[k, 0])
-                    green += texels[texel, 1] * (w0 * shading[i, 1] + w1 * shading[j, 1] + w2 * shading[k, 1])
-                    blue += texels[texel, 2] * (w0 * shading[i, 2] + w1 * shading[j, 2] + w2 * shading[k, 2])
-                    alpha += 1
-                out[b, y, x, 0] = min(red * share, np.float32(1))
-                out[b, y, x, 1] = min(green * share, np.float32(1))
-                out[b, y, x, 2] = min(blue * share, np.float32(1))
-                out[b, y, x, 3] = alpha * share
+    for y in range(top, bottom):
+        for x in range(left, right):
+            red, green, blue, alpha, nearest = np.float32(0), np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for s in range(samples * samples):
+                sy, sx = (y - top) * samples + s // samples, (x - left) * samples + s % samples
+                t = faces[sy, sx]
+                if t < 0:
+                    continue
+                w1, w2 = weights[sy, sx, 0], weights[sy, sx, 1]
+                w0 = 1 - w1 - w2
+                u = w0 * uvs[t, 0, 0] + w1 * uvs[t, 1, 0] + w2 * uvs[t, 2, 0]
+                v = w0 * uvs[t, 0, 1] + w1 * uvs[t, 1, 1] + w2 * uvs[t, 2, 1]
+                m = materials[t]
+                rows, columns = sizes[m, 0], sizes[m, 1]
+                column = min(int((u - math.floor(u)) * columns), columns - 1)
+                row = min(int((1 - (v - math.floor(v))) * rows), rows - 1)
+                texel = starts[m] + row * columns + column
+                i, j, k = triangles[t, 0], triangles[t, 1], triangles[t, 2]
+                red += texels[texel, 0] * (w0 * shading[i, 0] + w1 * shading[j, 0] + w2 * shading[k, 0])
+                green += texels[texel, 1] * (w0 * shading[i, 1] + w1 * shading[j, 1] + w2 * shading[k, 1])
+                blue += texels[texel, 2] * (w0 * shading[i, 2] + w1 * shading[j, 2] + w2 * shading[k, 2])
+                alpha += 1
+                nearest = max(nearest, inverse_depth[sy, sx])
+            out[y, x, 0] = min(red * share, np.float32(1))
+            out[y, x, 1] = min(green * share, np.float32(1))
+            out[y, x, 2] = min(blue * share, np.float32(1))
+            out[y, x, 3] = alpha * share
+            depth[y, x] = nearest
+
+
+@njit(parallel=True, fastmath=True, cache=True, error_model="numpy")
+def _draw_all(vertices, triangles, viewmats, Ks, uvs, materials, texels, starts, sizes, shading, samples, out, depth):
+    views = viewmats.shape[0]
+    for b in prange(out.shape[0]):
+        _draw(vertices[b // views], triangles, viewmats[b % views], Ks[b % views], uvs, materials, texels, starts, sizes, shading,
+              samples, out[b], depth[b])
 
 
 def scale_intrinsics(Ks: np.ndarray, factor: float) -> np.ndarray:
@@ -163,20 +216,30 @@ def render(mesh: Mesh, vertices: np.ndarray, viewmats: np.ndarray, Ks: np.ndarra
     Returns:
         [F, V, size, size, 4] float32 sRGB premultiplied by alpha.
     """
+    return render_with_depth(mesh, vertices, viewmats, Ks, size, samples, shading)[0]
+
+
+def render_with_depth(mesh: Mesh, vertices: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, size: int, samples: int = 2,
+                      shading: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures of `render`, and 1 / depth of the nearest thing in each pixel, 0 where there is none; [F, V, size, size].
+
+    A single picture is drawn by the calling thread and without the GIL, so that several threads can each draw one; of more
+    pictures each is drawn by one of Numba's threads.
+    """
     vertices = np.ascontiguousarray(vertices, np.float32)
     shading = np.ones((len(mesh.vertices), 3), np.float32) if shading is None else np.asarray(shading, np.float32)
     shading = np.ascontiguousarray(np.broadcast_to(shading.reshape(len(shading), -1), (len(shading), 3)))
-    texels = np.concatenate([t.reshape(-1, 3) for t in mesh.textures]).astype(np.float32)
-    sizes = np.array([t.shape[:2] for t in mesh.textures], np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes.prod(1))[:-1]]).astype(np.int64)
     views = len(viewmats)
-    out = np.empty((len(vertices) * views, size, size, 4), np.float32)
-    for f in range(len(vertices)):  # one frame at a time: the fragments of all frames would take gigabytes
-        fragments = rasterise(vertices[f:f + 1], mesh.faces, viewmats, scale_intrinsics(Ks, samples), size * samples)
+    Ks, viewmats = scale_intrinsics(Ks, samples), np.ascontiguousarray(viewmats, np.float32)
+    out = np.zeros((len(vertices) * views, size, size, 4), np.float32)
+    depth = np.zeros((len(vertices) * views, size, size), np.float32)
+    look = mesh.uvs, mesh.materials, *mesh.texels, shading, samples
+    if len(out) == 1:
+        _draw(vertices[0], mesh.faces, viewmats[0], Ks[0], *look, out[0], depth[0])
+    else:
         with KERNEL_LOCK:
-            _shade(fragments.faces, fragments.weights, mesh.faces, mesh.uvs, mesh.materials, texels, starts, sizes, shading,
-                   samples, out[f * views:(f + 1) * views])
-    return out.reshape(len(vertices), views, size, size, 4)
+            _draw_all(vertices, mesh.faces, viewmats, Ks, *look, out, depth)
+    return out.reshape(len(vertices), views, size, size, 4), depth.reshape(len(vertices), views, size, size)
 
 
 def straight(rgba: np.ndarray) -> np.ndarray:

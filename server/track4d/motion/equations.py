@@ -70,6 +70,49 @@ def add_places(points, targets, weights, scale, information, pull):
 
 
 @njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
+def add_points(band, gradient, starts, slots, arms, weights, information, pull):
+    """Adds all surface points: J^T information J and J^T pull. Point i owns the entries starts[i]..starts[i + 1].
+
+    The rows of a node in J^T are [arm]x, then its weight times the identity: half of the products are plain scalings.
+    """
+    pushed, block = np.empty((6, 3)), np.empty((6, 6))  # block[w, u]: row u of the matrix is contiguous in the band
+    for i in range(information.shape[0]):
+        L = information[i]
+        if L[0, 0] + L[1, 1] + L[2, 2] == 0:
+            continue
+        p0, p1, p2 = pull[i, 0], pull[i, 1], pull[i, 2]
+        for a in range(starts[i], starts[i + 1]):
+            x, y, z, weight, first = arms[a, 0], arms[a, 1], arms[a, 2], weights[a], 6 * slots[a]
+            for k in range(3):
+                pushed[0, k] = y * L[2, k] - z * L[1, k]
+                pushed[1, k] = z * L[0, k] - x * L[2, k]
+                pushed[2, k] = x * L[1, k] - y * L[0, k]
+                pushed[3, k], pushed[4, k], pushed[5, k] = weight * L[0, k], weight * L[1, k], weight * L[2, k]
+            gradient[first] += y * p2 - z * p1
+            gradient[first + 1] += z * p0 - x * p2
+            gradient[first + 2] += x * p1 - y * p0
+            gradient[first + 3] += weight * p0
+            gradient[first + 4] += weight * p1
+            gradient[first + 5] += weight * p2
+            for c in range(starts[i], starts[i + 1]):
+                second = 6 * slots[c]
+                if second > first:
+                    continue
+                cx, cy, cz, other = arms[c, 0], arms[c, 1], arms[c, 2], weights[c]
+                for u in range(6):
+                    block[0, u] = cy * pushed[u, 2] - cz * pushed[u, 1]
+                    block[1, u] = cz * pushed[u, 0] - cx * pushed[u, 2]
+                    block[2, u] = cx * pushed[u, 1] - cy * pushed[u, 0]
+                    block[3, u], block[4, u], block[5, u] = other * pushed[u, 0], other * pushed[u, 1], other * pushed[u, 2]
+                for w in range(6):
+                    column = band[second + w]
+                    for u in range(6 if second < first else 0):
+                        column[first - second - w + u] += block[w, u]
+                    for u in range(w, 6 if second == first else 0):
+                        column[u - w] += block[w, u]
+
+
+@njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
 def _motion_rows(arm, weight, out):
     """The 6 rows of a node's Jacobian, transposed: what turning and shifting the node does to the point; [6, 3]."""
     out[:] = 0
@@ -77,34 +120,6 @@ def _motion_rows(arm, weight, out):
     out[1, 0], out[1, 2] = arm[2], -arm[0]
     out[2, 0], out[2, 1] = -arm[1], arm[0]
     out[3, 0] = out[4, 1] = out[5, 2] = weight
-
-
-@njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
-def add_points(band, gradient, starts, slots, arms, weights, information, pull):
-    """Adds all surface points: J^T information J and J^T pull. Point i owns the entries starts[i]..starts[i + 1]."""
-    rows, columns, pushed = np.empty((6, 3)), np.empty((6, 3)), np.empty((6, 3))
-    for i in range(information.shape[0]):
-        L = information[i]
-        if L[0, 0] + L[1, 1] + L[2, 2] == 0:
-            continue
-        for a in range(starts[i], starts[i + 1]):
-            _motion_rows(arms[a], weights[a], rows)
-            first = 6 * slots[a]
-            for u in range(6):
-                for x in range(3):
-                    pushed[u, x] = rows[u, 0] * L[0, x] + rows[u, 1] * L[1, x] + rows[u, 2] * L[2, x]
-                gradient[first + u] += rows[u, 0] * pull[i, 0] + rows[u, 1] * pull[i, 1] + rows[u, 2] * pull[i, 2]
-            for c in range(starts[i], starts[i + 1]):
-                second = 6 * slots[c]
-                if second > first:
-                    continue
-                _motion_rows(arms[c], weights[c], columns)
-                for u in range(6):
-                    for w in range(6):
-                        row, column = first + u, second + w
-                        if row >= column:
-                            band[column, row - column] += (pushed[u, 0] * columns[w, 0] + pushed[u, 1] * columns[w, 1]
-                                                           + pushed[u, 2] * columns[w, 2])
 
 
 @njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
@@ -129,10 +144,15 @@ def add_edges(band, gradient, tails, heads, spokes, residuals, weights):
 
 
 def solve_band(band: np.ndarray, gradient: np.ndarray, damping: float = 1e-3) -> np.ndarray:
-    """The damped step -H^-1 g; H is `band` [n, width], g is [n]. All nan where H is not positive definite."""
-    damped = band.copy()
-    damped[:, 0] += damping * (1 + band[:, 0]) + 1e-6
+    """The damped step -H^-1 g; H is `band` [n, width], g is [n]. All nan where H is not positive definite.
+
+    Solved in single precision: the next step corrects what that leaves.
+    """
+    damped = band.astype(np.float32)
+    damped[:, 0] += damping * (1 + damped[:, 0]) + 1e-6
     try:
-        return -scipy.linalg.solveh_banded(damped.T, gradient, overwrite_ab=True, lower=True, check_finite=False)
+        step = scipy.linalg.solveh_banded(damped.T, gradient.astype(np.float32), overwrite_ab=True, overwrite_b=True, lower=True,
+                                          check_finite=False)
     except np.linalg.LinAlgError:
         return np.full_like(gradient, np.nan)
+    return -step.astype(np.float64)

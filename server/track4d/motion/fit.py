@@ -58,7 +58,7 @@ class FitPreset:
 
 
 DEFAULT = FitPreset()
-FAST = FitPreset(nodes=120, rounds=(10, 3, 1), track_rounds=(1,))
+FAST = FitPreset(nodes=120, points=1200, rounds=(10, 3, 1), track_rounds=(1,))
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
             if tracked is not None:
                 starts = [registration.follow_places(guess, tracked)]
             else:
-                starts = [registration.follow_flow(guess, frame, look, anchor), guess]
+                starts = [registration.follow_flow(guess, frame, look, anchor, pool.map), guess]
             for rigidity in rounds:
                 if len(starts) > 1 and rigidity <= COARSE:
                     starts = [_better(registration, starts, frame, pool)[1]]
@@ -187,7 +187,10 @@ def _follow(registration: Registration, rounds: tuple[float, ...], places: list[
 
 def _better(registration: Registration, starts: list[Pose], frame: int, pool: ThreadPoolExecutor) -> tuple[float, Pose, Look]:
     """The pose that explains the video best, before it its cost, and what it looks like."""
-    looks = list(pool.map(registration.look, starts))
+    if len(starts) == 1:
+        looks = [registration.look(starts[0], each=pool.map)]
+    else:
+        looks = list(pool.map(registration.look, starts))
     costs = [registration.cost(look, frame) for look in looks]
     best = int(np.argmin(costs))
     return costs[best], starts[best], looks[best]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -52,7 +53,7 @@ class Footage:
         """Pixels of these pictures per pixel of a 256-pixel picture; every tolerance is written in the latter."""
         return self.size / 256
 
-    @property
+    @cached_property
     def lost(self) -> np.ndarray:
         """Which pictures show nothing of the object; [V, F] bool."""
         return ~self.masks.any((2, 3))

@@ -209,15 +209,20 @@ class Registration:
 
     # ---- pictures
 
-    def look(self, pose: Pose, samples: int = 2) -> Look:
-        """Renders a pose with `samples` subpixels along each axis of a pixel."""
+    def look(self, pose: Pose, samples: int = 2, each: Callable = map) -> Look:
+        """Renders a pose with `samples` subpixels along each axis of a pixel; `each` maps over the views."""
         footage, vertices = self.footage, self.vertices(pose)[None]
-        rgba = zbuffer.render(self.mesh, vertices, footage.viewmats, footage.Ks, footage.size, samples, self.shading)[0]
-        fragments = zbuffer.rasterise(vertices, self.mesh.faces, footage.viewmats, footage.Ks, footage.size)
         points = self.points(pose)[None].astype(np.float32)
+
+        def view(v: int) -> tuple[np.ndarray, ...]:
+            camera = footage.viewmats[v:v + 1], footage.Ks[v:v + 1]
+            rgba, inverse_depth = zbuffer.render_with_depth(self.mesh, vertices, *camera, footage.size, samples, self.shading)
+            visible = zbuffer.visible(points, inverse_depth[0], *camera, HIDDEN)
+            return zbuffer.over(rgba[0, 0], BACKGROUND), rgba[0, 0, ..., 3], inverse_depth[0, 0], visible[0, 0]
+
+        colors, alpha, inverse_depth, visible = (np.stack(k) for k in zip(*each(view, range(footage.views)), strict=True))
         uv, _ = zbuffer.project(points, footage.viewmats, footage.Ks)
-        visible = zbuffer.visible(points, fragments.inverse_depth, footage.viewmats, footage.Ks, HIDDEN)
-        return Look(zbuffer.over(rgba, BACKGROUND), rgba[..., 3], fragments.inverse_depth, uv[0], visible[0])
+        return Look(colors, alpha, inverse_depth, uv[0], visible)
 
     def cost(self, look: Look, frame: int) -> float:
         """How much a render differs from the pictures that are there: colour plus half the silhouette, per object pixel."""
@@ -257,7 +262,7 @@ class Registration:
             fitted_error = rest_error = 0.0
             for frame in np.argsort(-away[:, on].mean(1))[:3]:
                 pose = poses[frame]
-                looks = [self.look(one) for one in (pose, pose.held(on, rest))]
+                looks = [self.look(one, 1) for one in (pose, pose.held(on, rest))]
                 differ = np.abs(looks[0].colors - looks[1].colors).max(-1) > 1 / 255
                 differ &= ~self.footage.lost[:, frame, None, None]
                 for_fit, for_rest = (np.abs(look.colors[differ] * 255 - self.footage.colors[:, frame][differ]).sum()
@@ -269,9 +274,13 @@ class Registration:
     # ---- observations
 
     def flow_targets(self, look: Look, frame: int, outliers: float, upsampling: int, each: Callable = map) -> Targets:
-        """Where optical flow from the render to the video takes the visible points; `each` maps over the views."""
+        """Where optical flow from the render to the video takes the visible points; `each` maps over the views.
+
+        The coarse rounds' tolerance for outliers spares them the check by the way back.
+        """
         footage = self.footage
         targets = Targets.none(look.uv, FLOW_SCALE * outliers)
+        tolerance = None if outliers > COARSE else FLOW_TOLERANCE * footage.unit
 
         def match(v: int) -> None:
             seen = np.nonzero(look.visible[v])[0]
@@ -280,26 +289,28 @@ class Registration:
                 return
             render = to_grey((look.colors[v][window] * 255 + 0.5).clip(0, 255).astype(np.uint8))
             corner = np.array([window[1].start, window[0].start], np.float32)
-            matched, good = match_points(render, footage.grey[v, frame][window], look.uv[v, seen] - corner,
-                                         FLOW_TOLERANCE * footage.unit, upsampling)
+            matched, good = match_points(render, footage.grey[v, frame][window], look.uv[v, seen] - corner, tolerance, upsampling)
             self._accept(targets, v, frame, seen, matched + corner, good)
 
         list(each(match, range(footage.views)))
         return targets
 
-    def video_flow_targets(self, look: Look, frame: int) -> Targets:
-        """Where the video's own flow from the frame before takes the points that are visible there."""
+    def video_flow_targets(self, look: Look, frame: int, each: Callable = map) -> Targets:
+        """Where the video's flow from the frame before takes the points that are visible there; `each` maps over the views."""
         footage, lost = self.footage, self.footage.lost
         targets = Targets.none(look.uv, FLOW_SCALE)
-        for v in range(footage.views):
+
+        def match(v: int) -> None:
             seen = np.nonzero(look.visible[v])[0]
             window = _window(footage.masks[v, frame - 1] | footage.masks[v, frame], round(12 * footage.unit))
             if len(seen) == 0 or window is None or lost[v, frame - 1] or lost[v, frame]:
-                continue
+                return
             corner = np.array([window[1].start, window[0].start], np.float32)
             matched, good = match_points(footage.grey[v, frame - 1][window], footage.grey[v, frame][window],
                                          look.uv[v, seen] - corner, 1.5 * FLOW_TOLERANCE * footage.unit, self.upsampling)
             self._accept(targets, v, frame, seen, matched + corner, good)
+
+        list(each(match, range(footage.views)))
         return targets
 
     def _accept(self, targets: Targets, view: int, frame: int, points: np.ndarray, matched: np.ndarray, good: np.ndarray) -> None:
@@ -448,7 +459,7 @@ class Registration:
                anchor: np.ndarray | None = None, each: Callable = map) -> Pose:
         """One round: look, match (`each` maps over the views), solve."""
         coarse, outliers = rigidity > COARSE, float(np.clip(rigidity, 1, 8))
-        look = self.look(pose, 1 if coarse else 2)
+        look = self.look(pose, 1 if coarse else 2, each)
         flow = self.flow_targets(look, frame, outliers, 1 if coarse else self.upsampling, each)
         matched = flow.weights > 0
         if not coarse and matched.any():
@@ -486,9 +497,9 @@ class Registration:
                 points[frame] = self.points(poses[frame])
         return poses
 
-    def follow_flow(self, pose: Pose, frame: int, before: Look, anchor: np.ndarray | None = None) -> Pose:
-        """Moves an extrapolated pose by the video's own flow since the look at the frame before."""
-        flow = self.video_flow_targets(before, frame)
+    def follow_flow(self, pose: Pose, frame: int, before: Look, anchor: np.ndarray | None = None, each: Callable = map) -> Pose:
+        """Moves an extrapolated pose by the video's own flow since the look at the frame before; `each` maps over the views."""
+        flow = self.video_flow_targets(before, frame, each)
         for rigidity, outliers in WARM_UP:
             pose = self.solve(pose, [replace(flow, scale=FLOW_SCALE * outliers)], rigidity, anchor=anchor)
         return pose

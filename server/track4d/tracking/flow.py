@@ -50,20 +50,23 @@ def dense_flow(first: np.ndarray, second: np.ndarray, upsampling: int = 2) -> np
     return flow
 
 
-def match_points(first: np.ndarray, second: np.ndarray, points: np.ndarray, tolerance: float,
+def match_points(first: np.ndarray, second: np.ndarray, points: np.ndarray, tolerance: float | None,
                  upsampling: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Follows points from one picture to another.
 
     Args:
         first, second: [H, W] uint8.
         points: [N, 2] pixel positions in `first`.
-        tolerance: pixels that a point may miss its start by, after going there and back; 5 % of the way is added.
+        tolerance: pixels that a point may miss its start by, after going there and back; 5 % of the way is added. None: the
+            way back is not asked, in half the time.
 
     Returns:
-        [N, 2] positions in `second`, and [N] bool: came back within the tolerance.
+        [N, 2] positions in `second`, and [N] bool: came back within the tolerance, or was not asked to.
     """
     there = bilinear(dense_flow(first, second, upsampling), points)  # [N, 2]
     matched = points + there
+    if tolerance is None:
+        return matched, np.ones(len(points), bool)
     back = bilinear(dense_flow(second, first, upsampling), matched)  # [N, 2]
     miss = np.linalg.norm(there + back, axis=1)
     return matched, miss < tolerance + 0.05 * np.linalg.norm(there, axis=1)
