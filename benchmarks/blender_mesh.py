@@ -33,6 +33,9 @@ def main() -> None:
     settings = Settings(prompt="it turns")
     measured("capture: four pictures, 256 px, 16 samples", lambda: capture.capture([obj], settings), arguments.rounds)
     measured("of it, without the samples (1 sample)", lambda: capture.capture([obj], settings, samples=1), arguments.rounds)
+    head = subdivided_monkey()
+    measured(f"capture of a monkey of {len(head.data.vertices)} vertices", lambda: capture.capture([head], settings),
+             arguments.rounds)
     angles = np.linspace(0, 1, arguments.frames)[:, None]
     frames = np.repeat(seen.vertices[None], arguments.frames, 0)
     frames[..., 2] += 0.1 * np.sin(angles * 6 + seen.vertices[:, 0])
@@ -47,6 +50,16 @@ def sphere(count: int) -> bpy.types.Object:
     rings = round((count / 2) ** 0.5)
     bpy.ops.mesh.primitive_uv_sphere_add(segments=2 * rings, ring_count=rings)
     return bpy.context.object
+
+
+def subdivided_monkey() -> bpy.types.Object:
+    """Blender's monkey with 125,954 vertices."""
+    bpy.ops.mesh.primitive_monkey_add()
+    obj = bpy.context.object
+    bpy.ops.object.modifier_add(type="SUBSURF")
+    obj.modifiers[0].levels = 4
+    bpy.ops.object.modifier_apply(modifier=obj.modifiers[0].name)
+    return obj
 
 
 def monkey() -> Callable:

@@ -25,6 +25,7 @@ AMBIENT = 0.55  # radiance of the world: a white surface in the open gets this v
 LAMPS = (((0.6, 0.5, 0.7), 0.4), ((0.3, -0.8, 0.3), 0.15), ((-0.9, 0.1, 0.4), 0.25))
 LAMP_ANGLE = 0.8  # radians; large lamps make soft shadows
 BOUNCES = 2
+FILTER = 2  # pixels beyond its outline that an object colours: Cycles blurs by one and a half
 HANDLERS = (
     "render_init",
     "render_pre",
@@ -67,11 +68,39 @@ def render_view(
     if scene.camera is None:
         _fill_scene(copies, from_world, canonical, size, samples)
     set_camera(scene.camera, viewmat, K, size, 1 / canonical.scale)
-    color = _render(scene)
+    columns, rows = _window(copies, from_world, viewmat, K, size)
+    border = scene.render  # in shares of the picture, from its lower left corner; Blender rounds down
+    border.border_min_x, border.border_max_x = ((k + 0.25) / size for k in columns)
+    border.border_min_y, border.border_max_y = ((k + 0.25) / size for k in rows)
+    color = np.zeros((size, size, 4), np.float32)
+    color[slice(*rows), slice(*columns)] = _render(scene)
     alpha = color[..., 3:]
     straight = np.where(alpha > 1e-4, color[..., :3] / np.maximum(alpha, 1e-4), 0.0)
     view = np.concatenate([linear_to_srgb(straight), np.clip(alpha, 0.0, 1.0)], -1)
     return to_bytes(view)[::-1].copy()
+
+
+def _window(
+    copies: PlainCopies, from_world: np.ndarray, viewmat: np.ndarray, K: np.ndarray, size: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The columns and the rows (from below) that can show the copies, first and past the last; the rest needs no rays."""
+    whole = (0, size), (0, size)
+    materials = [material for copy in copies.items for material in copy.mesh.materials if material is not None]
+    if any(material.displacement_method != "BUMP" for material in materials):
+        return whole  # the surface may be anywhere
+    low, high = np.full(2, np.inf), np.full(2, -np.inf)
+    for copy in copies.items:
+        vertices = np.empty(3 * len(copy.mesh.vertices), np.float32)
+        copy.mesh.vertices.foreach_get("co", vertices)
+        matrix = viewmat @ from_world @ copy.matrix_world
+        seen = vertices.reshape(-1, 3) @ matrix[:3, :3].T + matrix[:3, 3]
+        if not len(seen) or seen[:, 2].min() <= 0:
+            return whole
+        places = seen[:, :2] / seen[:, 2:] * (K[0, 0], -K[1, 1]) + size / 2
+        low, high = np.minimum(low, places.min(0)), np.maximum(high, places.max(0))
+    first = np.floor(low - FILTER).clip(0, size - 1).astype(int)
+    last = np.maximum(np.ceil(high + FILTER).clip(0, size).astype(int), first + 1)
+    return (int(first[0]), int(last[0])), (int(first[1]), int(last[1]))
 
 
 def _fill_scene(copies: PlainCopies, from_world: np.ndarray, canonical: Similarity, size: int, samples: int) -> None:
@@ -120,7 +149,8 @@ def _set_up_render(scene: bpy.types.Scene, size: int, samples: int) -> None:
     render, cycles = scene.render, scene.cycles
     render.resolution_x = render.resolution_y = size
     render.resolution_percentage = 100
-    render.film_transparent = True
+    render.film_transparent = render.use_border = True
+    render.use_crop_to_border = False
     render.use_compositing = render.use_sequencer = render.use_motion_blur = False
     scene.view_settings.view_transform = "Standard"
     cycles.device, cycles.samples, cycles.seed = "CPU", samples, 0
@@ -148,7 +178,7 @@ def quiet_handlers() -> Iterator[None]:
 
 
 def _render(scene: bpy.types.Scene) -> np.ndarray:
-    """Linear premultiplied colours [R, R, 4], bottom row first."""
+    """Linear premultiplied colours [H, W, 4] within the scene's border, bottom row first."""
     from cycles import CyclesRender
 
     pictures: list[np.ndarray] = []

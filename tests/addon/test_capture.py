@@ -68,6 +68,30 @@ def test_fox_is_seen_from_four_sides_as_the_server_sees_it(fox) -> None:
         assert 90 < bright.mean() < 240 and np.quantile(bright, 0.99) < 252  # every side is lit, none is burnt out
 
 
+def test_only_what_can_be_seen_is_rendered(fox, monkeypatch) -> None:
+    """The pictures are those of whole renders, though most of their area gets no rays; displaced surfaces get the whole area."""
+    from track4d_addon.capture import pictures
+
+    areas, window = [], pictures._window
+
+    def watched(*values):
+        columns, rows = window(*values)
+        areas.append((columns[1] - columns[0]) * (rows[1] - rows[0]) / values[-1] ** 2)
+        return columns, rows
+
+    monkeypatch.setattr(pictures, "_window", watched)
+    cut = capture.capture(fox, FOX, **QUICK).arrays["views"]
+    assert max(areas) < 0.7 and min(areas) < 0.3
+    monkeypatch.setattr(pictures, "_window", lambda *values: ((0, values[-1]), (0, values[-1])))
+    np.testing.assert_array_equal(cut, capture.capture(fox, FOX, **QUICK).arrays["views"])
+
+    areas.clear()
+    monkeypatch.setattr(pictures, "_window", watched)
+    fox[0].data.materials[0].displacement_method = "BOTH"
+    capture.capture(fox, FOX, **QUICK)
+    assert areas == [1.0] * 4
+
+
 def test_first_view_looks_at_the_face(fox) -> None:
     request = capture.capture(fox, FOX, **QUICK)
     vertices, viewmats = request.arrays["vertices"], request.arrays["viewmats"]
