@@ -62,16 +62,9 @@ def plan(config: UNetConfig, views: int, frames: int, height: int, width: int, b
 
 
 def measure(network: MultiViewUNet, views: int, frames: int, height: int, width: int, batch: int) -> tuple[int, int]:
-    """Runs one forward pass on zeros; returns (operations, bytes of the tensors that it made at their peak)."""
+    """Runs one forward pass on zeros; returns (operations, bytes at the peak of its inputs and of the tensors that it made)."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-    config = network.config
-    text = (torch.zeros(batch, config.text_tokens, dtype=torch.long) if config.vocabulary
-            else torch.zeros(batch, config.text_tokens, config.text_dim))
-    image = torch.zeros(batch, views, config.image_dim) if config.image_dim else None
-    sample = torch.zeros(batch, views, frames, config.in_channels, height, width)
-    timesteps, cameras = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, views, 16)
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -79,6 +72,12 @@ def measure(network: MultiViewUNet, views: int, frames: int, height: int, width:
     # torch counts the GPU's fused attention kernels, and not the CPU's
     kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=kernels) as counter, live_bytes() as live:
+        config = network.config
+        text = (torch.zeros(batch, config.text_tokens, dtype=torch.long) if config.vocabulary
+                else torch.zeros(batch, config.text_tokens, config.text_dim))
+        image = torch.zeros(batch, views, config.image_dim) if config.image_dim else None
+        sample = torch.zeros(batch, views, frames, config.in_channels, height, width)
+        timesteps, cameras = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, views, 16)
         network(sample, timesteps, text, cameras, image)
     return counter.get_total_flops(), live.peak
 
