@@ -79,6 +79,14 @@ def test_interrupted_reconstruction_goes_on_bit_for_bit(scene, tmp_path) -> None
     assert torch.equal(resumed.coefficients, whole.coefficients)
 
 
+def test_the_last_phase_ends_when_nothing_gets_better(scene) -> None:
+    mesh, _, footage, cloud = scene
+    still = replace(SMALL, reconstruction=3, distillation=130, plane_rate=0.0, head_rate=0.0, color_rate=0.0)
+    assert reconstruct_motion(mesh, cloud, footage, still).steps == 3 + 100
+    found = reconstruct_motion(mesh, cloud, footage, replace(still, plane_rate=0.02, head_rate=2e-2, color_rate=0.02))
+    assert found.steps == 3 + 130
+
+
 def test_one_frame_is_refused(scene) -> None:
     mesh, _, footage, cloud = scene
     alone = replace(footage, colors=footage.colors[:, :1], grey=footage.grey[:, :1], masks=footage.masks[:, :1])

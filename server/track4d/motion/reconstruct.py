@@ -27,6 +27,8 @@ from .hybrid_features import WIDTH, hybrid_features, reduced_planes, visible_by_
 from .losses import arap_energy, reconstruction_loss
 from .sds import Prior
 
+WINDOW, FLAT = 50, 0.002  # steps whose mean loss must fall by this share in the last phase, or the optimisation is over
+
 
 @dataclass(frozen=True)
 class PaperPreset:
@@ -131,6 +133,9 @@ def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: Paper
     while run.step < total:
         report("fit", run.step, total)
         distilling = run.step >= preset.reconstruction
+        late = run.step - preset.reconstruction
+        if late >= 2 * WINDOW and late % WINDOW == 0 and run.is_flat(WINDOW, FLAT):
+            break
         moving = footage.frames - 1 if distilling else min(run.step // preset.frames_every + 1, footage.frames - 1)
         frames = 1 + torch.randperm(moving, generator=generator)[:preset.batch].sort().values  # [f]
         offsets = field(rest_means, times[frames], None if diffusion is None else diffusion[frames])
