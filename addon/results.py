@@ -90,6 +90,18 @@ def subject(obj: bpy.types.Object | None) -> bpy.types.Object | None:
     return obj.parent if obj is not None and marks.CLOUD in obj else obj
 
 
+def chosen(context: bpy.types.Context) -> list[bpy.types.Object]:
+    """The objects that the user means: those selected, each cloud standing for the object it was made for.
+
+    With nothing selected, the active object where its cloud hides it: nobody can click on it then.
+    """
+    objects = [subject(obj) for obj in context.selected_objects]
+    active = context.view_layer.objects.active
+    if not objects and active is not None and not active.visible_get() and any(marks.CLOUD in child for child in active.children):
+        objects = [active]
+    return list(dict.fromkeys(obj for obj in objects if obj is not None))
+
+
 def shown_take(obj: bpy.types.Object) -> str:
     """The take that moves an object; "" without one."""
     return marks.read(obj).get("shown", "")

@@ -8,6 +8,7 @@ import bpy
 from track4d_protocol.errors import InputError
 
 from .. import jobs, marks, prompts
+from ..results import chosen
 from .refusal import refusing
 
 VARIATIONS = 3
@@ -46,7 +47,7 @@ class TRACK4D_OT_animate(bpy.types.Operator):
         if context.mode != "OBJECT":
             cls.poll_message_set("Leave edit mode first")
             return False
-        if not context.selected_objects:
+        if not chosen(context):
             cls.poll_message_set("Select a mesh first")
             return False
         return True
@@ -56,8 +57,8 @@ class TRACK4D_OT_animate(bpy.types.Operator):
         settings = context.scene.track4d
         if settings.source == "PROMPT" and not settings.prompt.strip():
             raise InputError("empty_prompt", "The prompt is empty.", 'Say what happens, for example "the fox is running".')
-        chosen = [obj for obj in context.selected_objects if marks.CLOUD not in obj]
-        start(context, [obj for obj in chosen if obj.type == "MESH"] or chosen, self.variations)
+        objects = chosen(context)
+        start(context, [obj for obj in objects if obj.type == "MESH"] or objects, self.variations)
         if settings.source == "PROMPT":
             prompts.add(settings.prompt)
 
@@ -94,7 +95,7 @@ class TRACK4D_OT_remove_animation(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        if not any(marks.is_animated(o) for o in context.selected_objects):
+        if not any(marks.is_animated(obj) for obj in chosen(context)):
             cls.poll_message_set("Select an object that Track4D has animated")
             return False
         return True
@@ -103,7 +104,7 @@ class TRACK4D_OT_remove_animation(bpy.types.Operator):
     def execute(self, context: bpy.types.Context) -> None:
         from ..apply import remove
 
-        remove([o for o in context.selected_objects if marks.is_animated(o)])
+        remove([obj for obj in chosen(context) if marks.is_animated(obj)])
         jobs.state.applied = None
 
 

@@ -489,6 +489,16 @@ def test_a_cloud_shows_the_history_of_its_object(addon, cone, kit) -> None:
     assert color < -0.4, "seen from above, looking along -Z, it is dark"
     assert results.subject(cloud) == cone and "[seed 3: it rolls]" in drawn(cloud)
     choose(cloud)
+    assert results.chosen(bpy.context) == [cone], "the cloud stands for the object it was made for"
+    bpy.ops.object.select_all(action="SELECT")
+    assert results.chosen(bpy.context).count(cone) == 1
+    choose(cone)
+    cone.hide_viewport = True
+    bpy.context.view_layer.update()
+    assert not bpy.context.selected_objects and results.chosen(bpy.context) == [cone], "nobody can click on it"
+    assert bpy.ops.track4d.animate.poll() and bpy.ops.track4d.remove_animation.poll()
+    cone.hide_viewport = False
+    choose(cloud)
     bpy.ops.track4d.use_settings(take="take")
     bpy.ops.track4d.remove_take(take="take")
     assert len(bpy.context.scene.objects) == 2 and not marks.history(cone)
