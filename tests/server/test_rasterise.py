@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import float32, int64
+from track4d.gaussians import rasterise as rasterise_module
 from track4d.gaussians.rasterise import blending, projection, rasterise, rasterise_depth
 from track4d.gaussians.rasterise.constants import ALPHA_MAX
 from track4d.gaussians.rasterise.dense import rasterise_dense
@@ -316,6 +317,16 @@ def test_a_gpu_without_cuda_is_refused_with_what_to_do():
     with pytest.raises(ServerError) as refused:
         rasterise_gsplat(**scene)
     assert refused.value.code == "no_cuda" and refused.value.action
+
+
+def test_the_best_device_is_one_that_can_draw(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert rasterise_module.best_device() == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rasterise_module, "find_spec", lambda name: None)
+    assert rasterise_module.best_device() == "cpu", "a GPU without gsplat draws nothing"
+    monkeypatch.setattr(rasterise_module, "find_spec", lambda name: name == "gsplat")
+    assert rasterise_module.best_device() == "cuda"
 
 
 @pytest.mark.gpu

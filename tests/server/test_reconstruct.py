@@ -7,6 +7,7 @@ import pytest
 import torch
 import trimesh
 from track4d.gaussians.cloud import seed_cloud
+from track4d.gaussians.rasterise import best_device
 from track4d.geometry.mesh import Mesh
 from track4d.geometry.zbuffer import render, straight
 from track4d.motion.footage import read_footage
@@ -85,6 +86,18 @@ def test_the_last_phase_ends_when_nothing_gets_better(scene) -> None:
     assert reconstruct_motion(mesh, cloud, footage, still).steps == 3 + 100
     found = reconstruct_motion(mesh, cloud, footage, replace(still, plane_rate=0.02, head_rate=2e-2, color_rate=0.02))
     assert found.steps == 3 + 130
+
+
+@pytest.mark.gpu
+def test_the_gpu_finds_the_same(scene) -> None:
+    if best_device() == "cpu":
+        pytest.skip("needs an NVIDIA GPU and gsplat")
+    mesh, truth, footage, cloud = scene
+    preset = replace(SMALL, head_rate=1e-2)
+    here, there = (reconstruct_motion(mesh, cloud.to(device), footage, preset) for device in ("cpu", "cuda"))
+    assert there.coefficients.device.type == "cpu" and there.steps == here.steps
+    moved = np.linalg.norm(here.field.vertices - mesh.vertices, axis=-1)[1:].mean()
+    assert np.linalg.norm(there.field.vertices - here.field.vertices, axis=-1)[1:].mean() < 0.1 * moved
 
 
 def test_one_frame_is_refused(scene) -> None:

@@ -80,7 +80,7 @@ class FourDGaussians(nn.Module):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What `reconstruct_motion` found: the mesh's motion, the field, and the 4D SH coefficients [G, K, W, 3]."""
+    """What `reconstruct_motion` found: the mesh's motion, the field, and the 4D SH coefficients [G, K, W, 3]; on the CPU."""
 
     field: MotionField
     network: HybridField
@@ -94,7 +94,8 @@ def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: Paper
     """Finds a motion by the pictures of Gaussians (Eq. 6 to 11 of Track4DGen).
 
     Args:
-        mesh: canonical, in the pose of frame 0; cloud: Gaussians on it, with the colours of the still pictures.
+        mesh: canonical, in the pose of frame 0; cloud: Gaussians on it, with the colours of the still pictures, on the device
+            that does the work.
         footage: the multi-view video.
         preset: weights and schedule.
         features: [V, F, C, h, w] of the video model; without them the field has hex-planes alone.
@@ -109,12 +110,15 @@ def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: Paper
     """
     if footage.frames < 2:
         raise InputError("bad_video", "The video has one frame.", "Give a video of at least two frames.")
-    generator = torch.Generator().manual_seed(seed)
-    rest_means, rest_quats = (x[0] for x in cloud.pose(mesh.faces, torch.from_numpy(mesh.vertices)[None]))  # [G, 3], [G, 4]
+    generator, device = torch.Generator().manual_seed(seed), cloud.scales.device
+    vertices = torch.as_tensor(mesh.vertices, device=device)  # [N, 3]
+    rest_means, rest_quats = (x[0] for x in cloud.pose(mesh.faces, vertices[None]))  # [G, 3], [G, 4]
     field = HybridField(preset.planes, 0 if features is None else WIDTH, generator=generator)
-    model = FourDGaussians(field, sh_from_colors(cloud.colors, preset.degree, preset.terms))
-    rest = torch.cat([rest_means, torch.from_numpy(mesh.vertices)])  # [G + N, 3], so that both are centred by the same mean
-    known = None if features is None else _still_features(mesh, footage, reduced_planes(features), rest)  # [F, G + N, D]
+    model = FourDGaussians(field, sh_from_colors(cloud.colors, preset.degree, preset.terms)).to(device)
+    rest = torch.cat([rest_means, vertices]).cpu()  # [G + N, 3], so that both are centred by the same mean
+    known = None  # [F, G + N, D]
+    if features is not None:
+        known = _still_features(mesh, footage, reduced_planes(features), rest).to(device)
     diffusion = None if known is None else known[:, :len(cloud)]
     heads = [parameter for name, parameter in field.named_parameters() if not name.startswith("planes")]
     optimiser = torch.optim.Adam([{"params": field.planes.parameters(), "lr": preset.plane_rate},
@@ -125,10 +129,12 @@ def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: Paper
     if checkpoint is not None:
         run.resume(checkpoint)
 
-    neighbours = torch.from_numpy(cKDTree(rest_means.numpy()).query(rest_means.numpy(), preset.arap_neighbours + 1)[1][:, 1:])
-    times = torch.from_numpy(frame_times(footage.frames)).float()  # [F]
-    viewmats, Ks = torch.from_numpy(footage.viewmats).float(), torch.from_numpy(footage.Ks).float()
-    present = torch.from_numpy(~footage.lost.T)  # [F, V]
+    places = rest_means.cpu().numpy()
+    neighbours = torch.as_tensor(cKDTree(places).query(places, preset.arap_neighbours + 1)[1][:, 1:], device=device)
+    times, viewmats, Ks = (torch.as_tensor(x, dtype=torch.float32, device=device)
+                           for x in (frame_times(footage.frames), footage.viewmats, footage.Ks))  # [F], [V, 4, 4], [V, 3, 3]
+    pictures, silhouettes, present = (torch.as_tensor(x, device=device).transpose(0, 1)
+                                      for x in (footage.colors, footage.masks, ~footage.lost))  # [F, V, ...]
     total = preset.reconstruction + preset.distillation
     while run.step < total:
         report("fit", run.step, total)
@@ -137,30 +143,30 @@ def reconstruct_motion(mesh: Mesh, cloud: Cloud, footage: Footage, preset: Paper
         if late >= 2 * WINDOW and late % WINDOW == 0 and run.is_flat(WINDOW, FLAT):
             break
         moving = footage.frames - 1 if distilling else min(run.step // preset.frames_every + 1, footage.frames - 1)
-        frames = 1 + torch.randperm(moving, generator=generator)[:preset.batch].sort().values  # [f]
+        frames = 1 + torch.randperm(moving, generator=generator)[:preset.batch].sort().values.to(device)  # [f]
         offsets = field(rest_means, times[frames], None if diffusion is None else diffusion[frames])
         means, quats, scales = offsets.apply(rest_means, rest_quats, cloud.scales)  # [f, G, ...]
         colors = sh_colors(model.coefficients, view_directions(means, viewmats), frames.float(), footage.frames)
         rgb, alpha = rasterise(means, quats, scales, cloud.opacities, colors, viewmats, Ks, footage.size, 0.0)
-        wanted = torch.from_numpy(footage.colors[:, frames.numpy()].astype(np.float32) / 255).transpose(0, 1)  # [f, V, S, S, 3]
-        masks = torch.from_numpy(footage.masks[:, frames.numpy()].astype(np.float32)).transpose(0, 1)  # [f, V, S, S]
+        wanted, masks = pictures[frames].float() / 255, silhouettes[frames].float()  # [f, V, S, S, 3], [f, V, S, S]
         there = present[frames][..., None, None, None]  # [f, V, 1, 1, 1]
         loss = preset.picture * reconstruction_loss(rgb.clamp(0, 1) * there, wanted, masks)
         if distilling:
-            samples = torch.randint(len(rest_means), (preset.arap_samples,), generator=generator)
+            samples = torch.randint(len(rest_means), (preset.arap_samples,), generator=generator).to(device)
             loss = loss + preset.arap * arap_energy(rest_means, means, neighbours, samples)
             if video_prior is not None:
-                loss = loss + preset.sds * video_prior(torch.cat([rgb, alpha[..., None]], -1), generator)
+                loss = loss + preset.sds * video_prior(torch.cat([rgb, alpha[..., None]], -1).cpu(), generator).to(device)
             if motion_prior is not None:
-                loss = loss + preset.sds * motion_prior(_vertices(mesh, field, times, known, len(cloud)), generator)
+                moved = _vertices(vertices, field, times, known, len(cloud)).cpu()
+                loss = loss + preset.sds * motion_prior(moved, generator).to(device)
         run.advance(loss)
         if checkpoint is not None and run.step % every == 0:
             run.save(checkpoint)
     report("fit", total, total)
     with torch.no_grad():
-        vertices = _vertices(mesh, field, times, known, len(cloud)).numpy()
-    motion = MotionField(vertices, np.zeros(vertices.shape[:2], np.float32))  # nothing is known of what views have seen
-    return Reconstruction(motion, field, model.coefficients.detach(), run.step)
+        found = _vertices(vertices, field, times, known, len(cloud)).cpu().numpy()
+    motion = MotionField(found, np.zeros(found.shape[:2], np.float32))  # nothing is known of what views have seen
+    return Reconstruction(motion, field.cpu(), model.coefficients.detach().cpu(), run.step)
 
 
 def _still_features(mesh: Mesh, footage: Footage, planes: Tensor, points: Tensor) -> Tensor:
@@ -171,14 +177,13 @@ def _still_features(mesh: Mesh, footage: Footage, planes: Tensor, points: Tensor
     return hybrid_features(planes, everywhere, torch.from_numpy(seen).expand(footage.frames, -1, -1), viewmats, Ks, footage.size)
 
 
-def _vertices(mesh: Mesh, field: HybridField, times: Tensor, known: Tensor | None, gaussians: int) -> Tensor:
-    """Where the field takes the mesh's vertices, [F, N, 3]; frame 0 is the mesh itself.
+def _vertices(rest: Tensor, field: HybridField, times: Tensor, known: Tensor | None, gaussians: int) -> Tensor:
+    """Where the field takes the mesh's vertices [N, 3]; [F, N, 3], frame 0 is the mesh itself.
 
     Args:
         known: [F, G + N, D] features of the Gaussians and of the vertices.
         gaussians: G.
     """
-    rest = torch.from_numpy(mesh.vertices)
     diffusion = None if known is None else known[1:, gaussians:]
     moving = [field.move(rest[some], times[1:], None if diffusion is None else diffusion[:, some])
               for some in torch.arange(len(rest)).split(BLOCK)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -13,11 +14,16 @@ from .gsplat_backend import rasterise_gsplat
 from .loss import picture_loss
 from .numba_backend import rasterise_numba
 
-__all__ = ["SAMPLES", "picture_loss", "rasterise", "rasterise_depth"]
+__all__ = ["SAMPLES", "best_device", "picture_loss", "rasterise", "rasterise_depth"]
 
 # Subpixels along each axis where clouds are fitted and judged. Splats are drawn with a blur of half a pixel; a cloud that is
 # fitted through it has splats too small for every viewer that looks closer, and Blender has no such blur at all.
 SAMPLES = 2
+
+
+def best_device() -> str:
+    """Where clouds are fitted: "cuda" where torch finds a GPU and gsplat is installed, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() and find_spec("gsplat") else "cpu"
 
 
 def rasterise(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
