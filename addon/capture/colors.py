@@ -175,17 +175,32 @@ class Pixels:
     encoded: bool
 
 
-def read_pixels(image: Image) -> Pixels | None:
-    """The pixels of an image; None when it is gone or can't be read."""
-    found = next((other for other in bpy.data.images if other.session_uid == image.session_uid), None)
+def decode(image: Image) -> int:
+    """Has Blender decode an image, which is most of the work of reading it; how many floats it has, 0 when it can't be read."""
+    found = _find(image)
     if found is None:
+        return 0
+    width, height = found.size  # asking for the size decodes
+    return width * height * found.channels
+
+
+def read_pixels(image: Image, room: np.ndarray | None = None) -> Pixels | None:
+    """The pixels of an image; None when it is gone or can't be read.
+
+    Args:
+        room: memory for them, float32; used where it has the right size.
+    """
+    count, found = decode(image), _find(image)
+    if found is None or count == 0:
         return None
-    width, height = found.size
-    if not width or not height or found.channels == 0:
-        return None
-    flat = np.empty(width * height * found.channels, np.float32)
+    flat = room if room is not None and len(room) == count else np.empty(count, np.float32)
     found.pixels.foreach_get(flat)
+    width, height = found.size
     return Pixels(flat.reshape(height, width, -1), not found.is_float and found.colorspace_settings.name == "sRGB")
+
+
+def _find(image: Image) -> bpy.types.Image | None:
+    return next((other for other in bpy.data.images if other.session_uid == image.session_uid), None)
 
 
 class BaseColors:

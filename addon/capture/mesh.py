@@ -23,7 +23,7 @@ from track4d_protocol.space import canonical_similarity
 
 from .. import actions, marks
 from ..slices import finished, in_background
-from .colors import BaseColors, Pixels, Surface, corner_vertices, first_corners, read_pixels, read_surface
+from .colors import BaseColors, Pixels, Surface, corner_vertices, decode, first_corners, read_pixels, read_surface
 
 TIME_DEPENDENT = {
     "BUILD",
@@ -222,7 +222,11 @@ def _look(known: Sequence[tuple[int, str]]) -> Generator[None, None, tuple[list[
     pixels: dict[int, Pixels | None] = {}
     for image in (coat.image for look in looks for coat in look.surface.coats.values()):
         if image is not None and image.session_uid not in pixels:
-            pixels[image.session_uid] = read_pixels(image)
+            count = decode(image)
+            yield
+            # Memory that has been written to once: the system's giving it takes ten times as long as the copy into it.
+            room = yield from in_background(np.full, count, 0, np.float32)
+            pixels[image.session_uid] = read_pixels(image, room)
             yield
     return looks, pixels
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import ModuleType
 
 import bpy
 
@@ -46,20 +47,32 @@ def at(below: float, across: float = 0.0) -> str:
     return f"{region.x + region.width // 2 - 10 + across:.0f} {window.height - (region.y + region.height) + below:.0f}"
 
 
-def time_ticks() -> list[float]:
-    """Seconds that each of the extension's timer ticks holds Blender up, from now on."""
-    module, seconds = importlib.import_module(f"{ADDON}.turns"), []
-    tick = module.tick
+def time_ticks() -> dict[str, list[tuple[float, float]]]:
+    """What each of the extension's timer ticks holds Blender up for, from now on: wall and CPU milliseconds, by what it did."""
+    capture, mesh, turns = (importlib.import_module(f"{ADDON}.{name}") for name in ("capture", "capture.mesh", "turns"))
+    spent: dict[str, list[tuple[float, float]]] = {}
+    tick, did = turns.tick, []
+
+    def noted(module: ModuleType, name: str, what: str) -> None:
+        function = getattr(module, name)
+        setattr(module, name, lambda *values: (did.append(what), function(*values))[1])
 
     def timed() -> float:
-        start = time.perf_counter()
+        did[:] = [job.phase.name.lower() for job in jobs().state.active.values()][:1] or ["idle"]
+        wall, cpu = time.perf_counter(), time.thread_time()
         try:
             return tick()
         finally:
-            seconds.append(time.perf_counter() - start)
+            times = 1e3 * (time.perf_counter() - wall), 1e3 * (time.thread_time() - cpu)
+            spent.setdefault(did[-1], []).append(times)
 
-    module.tick = timed
-    return seconds
+    noted(capture, "render_view", "a view is rendered")
+    noted(mesh, "read_surface", "an object is read")
+    noted(mesh, "decode", "an image is decoded")
+    noted(mesh, "read_pixels", "an image is read")
+    noted(turns, "_push_undo", "Blender keeps an undo step")
+    turns.tick = timed
+    return spent
 
 
 def drawings() -> list[float]:
@@ -243,11 +256,12 @@ def story() -> Generator[Wait, None, None]:
     yield lambda: jobs().state.server.value == "connected"
     bpy.ops.track4d.animate()
     yield lambda: any(j.phase.name == "RUNNING" for j in jobs().state.active.values())
-    pauses = sorted(ticks)
-    (GUI / "passed").write_text(
-        f"farthest vertex {moved[best]:.3f} in frame {best}; {len(pauses)} ticks, "
-        f"the longest {', '.join(f'{pause:.2f}' for pause in pauses[-8:])} s\n"
-    )
+    lines = [f"farthest vertex {moved[best]:.3f} in frame {best}"]
+    for kind, times in ticks.items():
+        wall, cpu = (sorted((time[k] for time in times), reverse=True) for k in range(2))
+        longest = "; ".join(", ".join(f"{value:.0f}" for value in values[:6]) for values in (wall, cpu))
+        lines.append(f"{kind}: {len(times)} ticks, the longest {longest} ms (wall; CPU)")
+    (GUI / "passed").write_text("\n".join(lines) + "\n")
     bpy.ops.wm.quit_blender()  # with a job under way
 
 
