@@ -21,7 +21,6 @@ from track4d_protocol.space import BACKGROUND, Similarity, canonical_similarity
 from .gaussians.appearance import Sitting, drawn_sittings, refine_appearance, still_psnr
 from .gaussians.cloud import Cloud, seed_cloud
 from .gaussians.light import fit_light, resample_sh
-from .gaussians.rasterise import best_device
 from .gaussians.spherical_harmonics import rotate_sh, sh_from_colors
 from .geometry.mesh import Mesh, check_mesh
 from .geometry.zbuffer import over, render, scale_intrinsics
@@ -90,9 +89,8 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
         else:
             cloud = surface_gaussians(mesh, captured, seen.shading, quality, settings.seed)
             features = diffusion_features(footage, settings.prompt, settings.seed)
-            found = reconstruct_motion(mesh, cloud.to(best_device()), footage, quality.paper, features,
-                                       **prior(request, mesh, viewmats, seen), seed=settings.seed, checkpoint=checkpoint,
-                                       report=report)
+            found = reconstruct_motion(mesh, cloud, footage, quality.paper, features, **prior(request, mesh, viewmats, seen),
+                                       seed=settings.seed, checkpoint=checkpoint, report=report)
             field, sh = found.field, found.coefficients
         if settings.loop and is_cycle(field.vertices):
             field = replace(field, loops=True)
@@ -110,10 +108,9 @@ def run(request: Request, report: JobReport, checkpoint: Path | None = None) -> 
             sh = sh_from_colors(cloud.colors)  # [G, K, W, 3]
             if tracks is None and quality.color_steps:
                 terms = 1 if settings.loop else quality.sh_terms  # cosines over the clip don't end where they began
-                cloud, sh, _ = fit_light(cloud.to(best_device()), mesh.faces, field.vertices, object_pictures(footage),
-                                         footage.masks, footage.viewmats, footage.Ks, quality.sh_degree, terms,
-                                         quality.color_steps, settings.seed, report=report)
-                cloud, sh = cloud.to("cpu"), sh.cpu()
+                cloud, sh, _ = fit_light(cloud, mesh.faces, field.vertices, object_pictures(footage), footage.masks,
+                                         footage.viewmats, footage.Ks, quality.sh_degree, terms, quality.color_steps,
+                                         settings.seed, report=report)
         fidelity = still_psnr(cloud, mesh.faces, captured)
 
     with clock("sample"):
@@ -337,7 +334,7 @@ def surface_gaussians(mesh: Mesh, captured: Sitting, shading: np.ndarray, qualit
     corners = torch.from_numpy(np.asarray(shading, np.float32)[mesh.faces])[cloud.triangles]  # [G, 3, 3], corner then colour
     cloud.colors = (cloud.colors * (corners * cloud.barycentric[..., None]).sum(1)).clamp(0, 1)  # [G, 3]
     drawn = drawn_sittings(mesh, shading, captured.pictures.shape[1], motion)
-    return refine_appearance(cloud.to(best_device()), mesh.faces, captured, drawn, quality.appearance_steps, seed).to("cpu")
+    return refine_appearance(cloud, mesh.faces, captured, drawn, quality.appearance_steps, seed)
 
 
 def still_sitting(mesh: Mesh, stills: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray) -> Sitting:

@@ -22,7 +22,7 @@ SAMPLES = 2
 
 
 def best_device() -> str:
-    """Where clouds are fitted: "cuda" where torch finds a GPU and gsplat is installed, else "cpu"."""
+    """Where clouds can be drawn fastest: "cuda" where torch finds a GPU and gsplat is installed, else "cpu"."""
     return "cuda" if torch.cuda.is_available() and find_spec("gsplat") else "cpu"
 
 
