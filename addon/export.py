@@ -18,8 +18,8 @@ from track4d_protocol.splat_files import write_gltf, write_ply, write_t4d
 from track4d_protocol.splats import Splats
 
 from . import actions, marks
-from .apply.gaussian_cloud import is_cloud, read_cloud
-from .capture.mesh import positions
+from .apply import is_cloud, read_cloud
+from .capture import positions
 from .files import SPLATS, Staging, check_writable, numbered, suffix
 from .point_cache import write_mdd, write_pc2
 

@@ -199,7 +199,7 @@ def _run(options: argparse.Namespace, session: Session) -> None:
         import bpy
 
         from . import apply, capture, scene_io
-        from .capture.pins import check_group, pin_weights
+        from .capture import check_group, pin_weights
         from .slices import finished
 
         objects, warnings = scene_io.load(options.file)
@@ -343,7 +343,7 @@ def _write_files(
 ) -> None:
     import bpy
 
-    from .apply.gaussian_cloud import placed, splats_of_result
+    from .apply import placed, splats_of_result
     from .export import write, write_splats
 
     render = bpy.context.scene.render

@@ -15,8 +15,7 @@ import numpy as np
 from track4d_protocol.errors import InputError
 from track4d_protocol.space import AZIMUTHS, intrinsics, orbit_viewmats
 
-from .capture.colors import to_bytes
-from .capture.pictures import quiet_handlers
+from .capture import quiet_handlers, to_bytes
 from .slices import finished
 
 PICTURES = (".png", ".jpg", ".jpeg")

@@ -67,7 +67,7 @@ def play() -> bool:
     """Puts every motion where it is now; True when an object has moved. Objects that can't take it stay as they are."""
     if _rendering or not _live:
         return False
-    from .apply.target import displacements  # late: registering the extension shall be quick
+    from .apply import displacements  # late: registering the extension shall be quick
     from .capture import find_objects
 
     changed = False
@@ -141,7 +141,7 @@ def _place(obj: bpy.types.Object, moves: np.ndarray) -> None:
 
 
 def _take_off(obj: bpy.types.Object, keys: bpy.types.Key) -> None:
-    from .apply.shape_keys import drop_layers  # late: registering the extension shall be quick
+    from .apply import drop_layers  # late: registering the extension shall be quick
 
     made_basis = bool(keys[MARK])
     index = obj.active_shape_key_index
@@ -164,7 +164,7 @@ def _take_off(obj: bpy.types.Object, keys: bpy.types.Key) -> None:
 def _sweep(*_: object) -> None:
     sweep()
     if any("unfinished" in marks.read(keys) for keys in bpy.data.shape_keys):
-        from .apply.shape_keys import sweep as sweep_unfinished  # late, as above
+        from .apply import sweep as sweep_unfinished  # late, as above
 
         sweep_unfinished()
 

@@ -18,9 +18,17 @@ from track4d_protocol.messages import Request, Settings
 from track4d_protocol.space import AZIMUTHS, canonical_similarity, intrinsics, orbit_viewmats
 
 from . import actions, capture, image_sequences
-from .capture.mesh import PlainCopies, PlainCopy, Snapshot, find_again, positions, upright_frame
-from .capture.pictures import render_view
-from .capture.pins import check_group, pin_weights
+from .capture import (
+    PlainCopies,
+    PlainCopy,
+    Snapshot,
+    check_group,
+    find_again,
+    pin_weights,
+    positions,
+    render_view,
+    upright_frame,
+)
 
 if TYPE_CHECKING:
     from .properties import Track4DSettings

@@ -296,8 +296,7 @@ def _surface(meshes: list[bpy.types.Object]) -> dict[str, np.ndarray]:
     """
     import bpy
 
-    from .capture.colors import BaseColors, read_pixels, read_surface
-    from .capture.mesh import positions
+    from .capture import BaseColors, positions, read_pixels, read_surface
 
     surfaces, faces, uvs, materials, count = [], [], [], [], 0
     graph = bpy.context.evaluated_depsgraph_get()

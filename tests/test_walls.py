@@ -34,6 +34,15 @@ def test_wall_holds(root: str) -> None:
     assert not broken
 
 
+def test_nobody_reaches_into_the_packages_of_the_extension() -> None:
+    """Two threads that load a package and a module of it at the same time would wait for each other."""
+    for file in sorted((ROOT / "addon").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(), str(file))):
+            if isinstance(node, ast.ImportFrom) and node.level and node.module and "." in node.module:
+                package = ROOT / "addon" / node.module.split(".")[0]
+                assert not package.is_dir(), f"{file.name}, line {node.lineno}: {node.module}"
+
+
 def test_the_protocol_needs_three_packages_and_no_more() -> None:
     used = set().union(*map(imported, (ROOT / "protocol").rglob("*.py")))
     assert used - set(sys.stdlib_module_names) - {"track4d_protocol"} == {"numpy", "zmq", "msgpack"}

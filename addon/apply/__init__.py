@@ -17,14 +17,15 @@ from mathutils import Matrix
 from track4d_protocol.messages import Result
 
 from .. import marks
-from ..capture.mesh import Snapshot, find_objects, snapshot
+from ..capture import Snapshot, find_objects, snapshot
 from ..slices import finished, in_background
-from .gaussian_cloud import Look, build_cloud, check_size, is_cloud, look, remove_cloud, splats_of_result
+from .gaussian_cloud import Look, build_cloud, check_size, is_cloud, look, placed, read_cloud, remove_cloud, splats_of_result
 from .mesh_cache import cache_steps, check_saved, delete_files, play_caches, remove_caches
-from .shape_keys import about, key_steps, remove_keys, shape_keys, switch
-from .target import check_mode, check_unchanged, fitted
+from .shape_keys import about, drop_layers, key_steps, remove_keys, shape_keys, sweep, switch
+from .target import check_mode, check_unchanged, displacements, fitted
 
-__all__ = ["KINDS", "apply", "apply_steps", "check_kind", "check_mode", "remove", "shape_keys", "show"]
+__all__ = ["KINDS", "apply", "apply_steps", "check_kind", "check_mode", "displacements", "drop_layers", "is_cloud", "placed",
+           "read_cloud", "remove", "shape_keys", "show", "splats_of_result", "sweep"]  # fmt: skip
 
 KINDS = ("shape_keys", "gaussian_cloud", "mesh_cache", "all")
 

@@ -16,7 +16,7 @@ import numpy as np
 from track4d_protocol.errors import InputError
 
 from .. import marks
-from ..capture.mesh import Snapshot, find_objects, positions
+from ..capture import Snapshot, find_objects, positions
 from ..files import Staging
 from ..point_cache import write_pc2
 from ..slices import in_background

@@ -17,7 +17,7 @@ import numpy as np
 from track4d_protocol.messages import Result
 
 from .. import actions, marks, slices
-from ..capture.mesh import Snapshot, find_objects
+from ..capture import Snapshot, find_objects
 from .target import check_count, check_mode, match
 
 LINEAR = 1  # Keyframe.interpolation as foreach_set takes it

@@ -9,7 +9,7 @@ import numpy as np
 from track4d_protocol.errors import InputError, ServerError
 from track4d_protocol.messages import Result
 
-from ..capture.mesh import ObjectSnapshot, Snapshot, find_objects, snapshot, topology_hash
+from ..capture import ObjectSnapshot, Snapshot, find_objects, snapshot, topology_hash
 
 
 def match(target: Snapshot | Sequence[bpy.types.Object], result: Result) -> tuple[Snapshot, list[np.ndarray]]:

@@ -17,11 +17,31 @@ from track4d_protocol.space import canonical_similarity
 
 from ..slices import finished
 from .cameras import orbit_cameras
-from .mesh import ObjectSnapshot, Snapshot, changed, find_objects, known_objects, plain_copies, snapshot, snapshot_steps
-from .pictures import render_view
+from .colors import BaseColors, read_pixels, read_surface, to_bytes
+from .mesh import (
+    ObjectSnapshot,
+    PlainCopies,
+    PlainCopy,
+    Snapshot,
+    changed,
+    find_again,
+    find_objects,
+    known_objects,
+    plain_copies,
+    positions,
+    snapshot,
+    snapshot_steps,
+    topology_hash,
+    upright_frame,
+)
+from .pictures import quiet_handlers, render_view
+from .pins import check_group, pin_weights
 
-__all__ = ["ObjectSnapshot", "Report", "Snapshot", "capture", "find_objects", "known_objects", "snapshot",
-           "snapshot_steps", "steps"]  # fmt: skip
+# Other modules import from here and nothing from the modules within: two threads that import a package and a module of it at the
+# same time would wait for each other.
+__all__ = ["BaseColors", "ObjectSnapshot", "PlainCopies", "PlainCopy", "Report", "Snapshot", "capture", "check_group",
+           "find_again", "find_objects", "known_objects", "pin_weights", "positions", "quiet_handlers", "read_pixels",
+           "read_surface", "snapshot", "snapshot_steps", "steps", "to_bytes", "topology_hash", "upright_frame"]  # fmt: skip
 
 Report = Callable[[str, int, int], None]  # stage, step, total; may raise `Cancelled`
 

@@ -134,8 +134,8 @@ def _fill_scene(copies: PlainCopies, from_world: np.ndarray, canonical: Similari
 def _light(tree: bpy.types.NodeTree, lamps: bpy.types.Object) -> None:
     """The world's light: even, and a broad lobe along each axis of the object `lamps`.
 
-    Lamps that are part of the world cost a third of a picture less than lamps of their own: a ray that leaves the surface finds them,
-    and nobody has to aim at them. What mirrors sees an even world: highlights move with the camera, not with the surface.
+    Lamps that are part of the world make a picture a third cheaper than lamps of their own: a ray that leaves the surface finds
+    them, and nobody has to aim at them. What mirrors sees an even world: highlights move with the camera, not with the surface.
     """
     new, link = tree.nodes.new, tree.links.new
     place, facing, lobes = new("ShaderNodeTexCoord"), new("ShaderNodeVectorMath"), new("ShaderNodeVectorMath")

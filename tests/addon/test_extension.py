@@ -172,3 +172,43 @@ def test_a_server_that_cannot_work_says_why(blender, server_of):
 def test_switching_off_leaves_nothing(blender):
     answer = blender("register_twice")
     assert answer == {"types": [], "scene": False, "threads": 0, "timer": False, "operators": []}
+
+
+TWO_THREADS = """
+import importlib, sys, threading
+import bpy
+
+between = threading.Event()
+
+class Meet:
+    # The first thread waits inside `apply`, before it needs `capture`, until the second has begun to load that.
+    def find_spec(self, name, path=None, target=None):
+        if name == "track4d_addon.capture" and threading.current_thread().name == "second":
+            between.set()
+            threading.Event().wait(0.5)
+        if name == "track4d_addon.marks" and threading.current_thread().name == "first":
+            second.start()
+            between.wait(10)
+
+def load(name):
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        failed.append(repr(error))
+
+sys.meta_path.insert(0, Meet())
+import track4d_addon
+failed = []
+first = threading.Thread(target=load, args=("track4d_addon.apply",), name="first")
+second = threading.Thread(target=load, args=("track4d_addon.capture",), name="second")
+first.start()
+first.join(30)
+second.join(30)
+print("failed:", failed, between.is_set(), first.is_alive(), second.is_alive())
+"""
+
+
+def test_the_client_thread_and_a_click_load_the_extension_at_once():
+    """From Python 3.13 on, threads that load a package and a module of it at once get an error."""
+    done = subprocess.run([sys.executable, "-c", TWO_THREADS], capture_output=True, text=True, timeout=120)
+    assert "failed: [] True False False" in done.stdout, done.stdout + done.stderr
