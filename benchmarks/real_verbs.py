@@ -3,9 +3,10 @@
     python benchmarks/real_verbs.py [--weights FILE] [--samples 2]
 
 Every asset is animated from its rest pose by every verb that it has a clip of. A sample counts as the verb of the clip that
-is nearest to it at the clip's best phase and speed, in two senses: by the angle between both motions (all vertices about
-their own mean over time, whatever the size: is it that kind of motion?), and by their mean distance (which favours small
-motions: to one that is not quite in step, standing still is nearer).
+is nearest to it at the clip's best phase and speed, in two senses: by the angle between both motions (the whole surface about
+its own mean over time, whatever the size: is it that kind of motion?), and by their mean distance (which favours small
+motions: to one that is not quite in step, standing still is nearer). Of a motion with a side its mirror image counts too:
+who waves the other hand waves.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parents[1] / "shared" / "assets"
@@ -69,9 +71,18 @@ def extract(asset: str, out: Path) -> None:
     np.savez(out, rest=similarity.apply(rest), clips=clips, **surface(objects))
 
 
-def distances(motion: np.ndarray, poses: np.ndarray, cyclic: bool) -> tuple[float, float]:
+def areas(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Each vertex' share of the surface, [N]."""
+    corners = vertices[faces]
+    area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
+    shares = np.bincount(faces.reshape(-1), np.repeat(area, 3), len(vertices))
+    return shares / shares.sum()
+
+
+def distances(motion: np.ndarray, poses: np.ndarray, cyclic: bool, shares: np.ndarray) -> tuple[float, float]:
     """How far a motion [F, N, 3] is from a clip [P, N, 3] at its best phase and speed: 1 - cosine, and mean distance."""
-    motion = motion - motion.mean(0)
+    weights = np.sqrt(shares)[:, None]
+    motion = (motion - motion.mean(0)) * weights
     size = np.linalg.norm(motion)
     frames = np.arange(len(motion)) / len(motion)
     angles, gaps = [], []
@@ -80,10 +91,17 @@ def distances(motion: np.ndarray, poses: np.ndarray, cyclic: bool) -> tuple[floa
             phase = start + rate * frames
             place = np.mod(phase, 1.0) if cyclic else np.minimum(phase, 1 - 1 / POSES)
             chosen = poses[np.round(place * POSES).astype(int) % POSES]
-            chosen = chosen - chosen.mean(0)
+            chosen = (chosen - chosen.mean(0)) * weights
             angles.append(1 - float((motion * chosen).sum() / max(size * np.linalg.norm(chosen), 1e-9)))
-            gaps.append(float(np.linalg.norm(motion - chosen, axis=-1).mean()))
+            gaps.append(float((np.linalg.norm(motion - chosen, axis=-1) * weights[:, 0]).sum() / len(motion)))
     return min(angles), min(gaps)
+
+
+def mirrored(rest: np.ndarray, poses: np.ndarray) -> np.ndarray:
+    """A clip [P, N, 3] with left and right exchanged: each vertex does what the one opposite did."""
+    flip = np.array([1, -1, 1], np.float32)
+    _, opposite = cKDTree(rest).query(rest * flip)
+    return rest + (poses - rest)[:, opposite] * flip
 
 
 def main() -> None:
@@ -100,6 +118,7 @@ def main() -> None:
     import torch
     from track4d.geometry import zbuffer
     from track4d.geometry.mesh import Mesh
+    from track4d.training.actions import SIDED
     from track4d.training.objects import light
     from track4d.video.generator import MotionGenerator
     from track4d.video.text import VERBS
@@ -123,12 +142,20 @@ def main() -> None:
             shading = light(mesh.vertices, mesh.faces, np.random.default_rng(0)).repeat(3, 1).astype(np.float32)
             rgba = zbuffer.render(mesh, mesh.vertices[None], viewmats, Ks, size, shading=shading)[0]
             views = (zbuffer.straight(rgba).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+            shares = areas(mesh.vertices, mesh.faces)
+            truths = [[poses] for poses in data["clips"]]
+            for name, sides in zip(clips.values(), truths):
+                if name in SIDED:
+                    sides.append(mirrored(mesh.vertices, sides[0]))
             for verb in dict.fromkeys(clips.values()):
                 answers: tuple[list[str], list[str]] = ([], [])
                 for seed in range(arguments.samples):
                     prompt = f"the {noun} {phrases[verb]}"
                     motion = generator.generate(mesh, views, viewmats, Ks, prompt, steps=arguments.steps, seed=seed)
-                    found = [distances(motion.tracks, data["clips"][k], name in CYCLIC) for k, name in enumerate(clips.values())]
+                    found = [
+                        np.min([distances(motion.tracks, poses, name in CYCLIC, shares) for poses in sides], 0)
+                        for name, sides in zip(clips.values(), truths)
+                    ]
                     for sense in (0, 1):
                         answers[sense].append(list(clips.values())[int(np.argmin([gaps[sense] for gaps in found]))])
                 hits = [sum(answer == verb for answer in one) for one in answers]

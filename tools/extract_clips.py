@@ -1,11 +1,12 @@
 """Vertex trajectories of captioned, animated GLB files, as the generator's training reads them. Needs bpy.
 
-    python tools/extract_clips.py FOLDER OUT [--verbs walk run ...]
+    python tools/extract_clips.py FOLDER OUT [--verbs walk run ...] [--bodies 8]
 
 FOLDER holds the GLB files and `captions.json`:
 {file: {"noun": ..., "front": "-Y", "clips": {name: {"verb": ..., "loops": ...}}}}; "front" may be left out.
 OUT gets one .npz per file: faces [T, 3]; rest [N, 3]; clips [C, 24, N, 3], each resampled to 24 poses over its length,
 canonical orientation and scale, root drift removed; verbs [C]; loops [C]; noun.
+With --bodies, as many other bodies of random proportions do the same, each in a file of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import bpy
 import numpy as np
+from track4d.training.bodies import other_body
 from track4d_addon.trajectories import open_animated, play
 from track4d_protocol import space
 
@@ -134,13 +136,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--verbs", nargs="+", default=sorted(set(VERBS.values())))
+    parser.add_argument("--bodies", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     captions = json.loads((arguments.folder / "captions.json").read_text())
     for name, caption in captions.items():
         found = extract(arguments.folder / name, caption, set(arguments.verbs))
         if found is not None:
-            np.savez(arguments.out / Path(name).with_suffix(".npz").name, **found)
+            stem, clips = Path(name).stem, found["clips"].astype(np.float32)
+            np.savez(arguments.out / f"{stem}.npz", **found)
+            for k in range(arguments.bodies):
+                rng = np.random.default_rng([len(name), *name.encode(), k])
+                rest, other = other_body(found["rest"], found["faces"], clips, rng)
+                body = {"rest": rest, "clips": other.astype(np.float16)}
+                np.savez(arguments.out / f"{stem}~{k}.npz", **found | body)
             print(name, len(found["rest"]), "vertices,", ", ".join(found["verbs"]), flush=True)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 from track4d.video.generator import MotionGenerator
-from track4d.video.text import MAX_TOKENS, VERBS, VOCABULARY_SIZE, known_verbs, tokenise, unknown_words
+from track4d.video.text import MAX_TOKENS, NATURALLY, VERBS, VOCABULARY_SIZE, in_manner, known_verbs, tokenise, unknown_words
 
 
 def test_inflections_and_synonyms_mean_the_same():
@@ -63,3 +63,25 @@ def test_tokens_are_bounded():
 def test_known_words():
     assert "gallop" in MotionGenerator.known_words()
     assert {"walk", "run", "jump", "swim", "fly", "bend left"} <= set(known_verbs())
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["the fox is running", "it naturally shakes its head", "the fox gets hit", "a dog runs realistically", "it spins naturally"],
+)
+def test_verbs_of_real_clips_are_asked_for_in_their_manner(prompt):
+    said = tokenise(in_manner(prompt))
+    assert said[0] == tokenise(NATURALLY)[0] and said.count(said[0]) == 1
+    assert in_manner(in_manner(prompt)) == in_manner(prompt)
+    assert [token for token in tokenise(prompt) if token not in (0, said[0])] == [token for token in said[1:] if token]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["the vase spins", "it shakes its head", "the fox runs plainly", "mechanically walking", "", "the fox ponders"]
+)
+def test_designed_motions_are_asked_for_as_they_are(prompt):
+    assert in_manner(prompt) == prompt
+
+
+def test_the_manner_is_no_unknown_word():
+    assert unknown_words("the fox runs plainly") == unknown_words("the fox runs naturally") == []

@@ -215,6 +215,26 @@ def test_clips_are_drawn_from_rest(tmp_path):
     assert batch.latent.shape[0] == 16 and torch.isfinite(batch.latent).all()
 
 
+def test_clips_happen_to_the_left_unless_the_sentence_says_right(tmp_path):
+    rng = np.random.default_rng(0)
+    thing = make_object(rng, "biped")
+    punch = animate(thing, Action(VERB_NAMES.index("punch"), side=-1), np.arange(24) / 24)  # with the right hand
+    named = {"faces": thing.faces, "rest": thing.vertices, "loops": np.array([False]), "noun": np.array("man")}
+    np.savez(tmp_path / "man.npz", clips=punch[None].astype(np.float16), verbs=np.array(["punch"]), **named)
+    (real,) = load_clips(tmp_path)
+    assert real.clips[0].side == -1
+    said = set()
+    for _ in range(60):
+        trajectory, _, prompt = draw_clip(rng, real, TIMES)
+        if "naturally" not in prompt:  # a motion of the whole body
+            continue
+        effort = ((trajectory - trajectory.mean(0)) ** 2).sum((0, 2))
+        left, right = effort[trajectory[0, :, 1] > 0].sum(), effort[trajectory[0, :, 1] < 0].sum()
+        assert (left > right) != ("right" in prompt.split())
+        said |= {"right", "left"} & set(prompt.split())
+    assert said == {"right", "left"}
+
+
 def test_log_is_one_json_object_a_line(tmp_path):
     train(tmp_path, TrainingSettings(steps=2, batch=4), config=TINY)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

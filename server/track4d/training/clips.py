@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..video.text import SPEEDS, VERB_NAMES
-from .actions import draw_action, draw_prompt
+from ..video.text import NATURALLY, SIDES, SPEEDS, VERB_NAMES
+from .actions import SIDED, draw_action, draw_prompt
 from .objects import ProceduralObject, light, paint
 from .verbs import Action, animate
 
@@ -19,6 +19,10 @@ _WHOLE_BODY = ("bounce", "squash and stretch", "spin", "shake", "sway", "twist",
 _FAR = 0.35  # mean distance from the rest pose, canonical, beyond which a clip starts in its own pose
 _TURNED = math.radians(40)  # about the vertical, likewise
 _POSED_SHARE = 0.3  # of samples start in a pose of the clip rather than in the rest pose
+# How often a mesh does what it can do; 1 for all others.
+_OFTEN = {"walk": 2.0, "run": 2.0, "sit": 3.0, "wave": 3.0, "eat": 3.0, "dance": 3.0, "punch": 2.0, "clap": 2.0}
+_TAKE_SIDES = frozenset(("wave", "punch", "kick", "die", "attack"))
+_ONE_SIDED = 0.1  # by which share of the motion one half has to do more than the other
 
 
 @dataclass
@@ -27,11 +31,12 @@ class Clip:
 
     Attributes:
         verb: index into `VERBS`.
-        poses: [P, N, 3] canonical; one loop, or the whole length.
+        poses: [P, N, 3] float16, canonical; one loop, or the whole length.
         loops: whether the last pose leads to the first.
         start: phase, in 0..1, that follows naturally from the rest pose.
         rate: loops in a 16-frame video at speed 1.
         posed: the rest pose is no start for it (it lies in another place, or faces another way).
+        side: 1 to the left or without a side, -1 to the right.
     """
 
     verb: int
@@ -40,6 +45,7 @@ class Clip:
     start: float
     rate: float
     posed: bool
+    side: int
 
     def at(self, phases: np.ndarray) -> np.ndarray:
         """Poses [F, N, 3] at phases [F], linearly between the stored ones."""
@@ -84,6 +90,17 @@ def _start(verb: str, rest: np.ndarray, poses: np.ndarray, harmonic: int) -> flo
     return float(np.mod(-math.pi / 2 - phase, 2 * math.pi) / (2 * math.pi * harmonic))
 
 
+def _side(verb: str, rest: np.ndarray, poses: np.ndarray) -> int:
+    """1 where a clip happens to the left, as the procedural verbs do, or has no side; -1 where to the right."""
+    if verb not in _TAKE_SIDES:
+        return 1
+    effort = ((poses - poses.mean(0)) ** 2).sum((0, 2))
+    left, right = effort[rest[:, 1] > 0].sum(), effort[rest[:, 1] < 0].sum()
+    if verb == "die":  # who falls to the left lifts the right side over it
+        left, right = right, left
+    return -1 if right - left > _ONE_SIDED * (left + right) else 1
+
+
 def _turn(rest: np.ndarray, pose: np.ndarray) -> float:
     """The angle about the vertical that best takes [N, 3] to [N, 3]; radians, not signed."""
     a, b = rest[:, :2] - rest[:, :2].mean(0), pose[:, :2] - pose[:, :2].mean(0)
@@ -97,12 +114,13 @@ def load_clips(folder: Path) -> list[ClipObject]:
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as data:
             rest, clips = data["rest"], []
-            for verb, poses, loops in zip(data["verbs"], data["clips"].astype(np.float32), data["loops"]):
-                verb = str(verb)
+            for verb, poses, loops in zip(data["verbs"], data["clips"], data["loops"]):
+                verb, stored, poses = str(verb), poses, poses.astype(np.float32)
                 harmonic = _rhythm(poses) if loops and verb in _RHYTHM else 1
                 start = _start(verb, rest, poses, harmonic) if loops and verb != "jump" else 0.0
                 posed = float(np.linalg.norm(poses[0] - rest, axis=1).mean()) > _FAR or _turn(rest, poses.mean(0)) > _TURNED
-                clips.append(Clip(VERB_NAMES.index(verb), poses, bool(loops), start, _RHYTHM.get(verb, 1.0) / harmonic, posed))
+                rate, side = _RHYTHM.get(verb, 1.0) / harmonic, _side(verb, rest, poses)
+                clips.append(Clip(VERB_NAMES.index(verb), stored, bool(loops), start, rate, posed, side))
             found.append(ClipObject(str(data["noun"]), rest, data["faces"], clips))
     return found
 
@@ -115,7 +133,7 @@ def _canonical(trajectory: np.ndarray) -> np.ndarray:
 
 
 def draw_clip(rng: np.random.Generator, thing: ClipObject, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """A motion of a real mesh.
+    """A motion of a real mesh, to the left as long as the sentence doesn't say "right".
 
     Args:
         times: [F], 0 to 1.
@@ -123,14 +141,18 @@ def draw_clip(rng: np.random.Generator, thing: ClipObject, times: np.ndarray) ->
     Returns:
         trajectory [F, N, 3] float32 from the pose of the pictures on, colours [N, 3], and a sentence.
     """
+    faces, manner = thing.faces, ""
     stretch = rng.uniform(0.9, 1.12, 3).astype(np.float32)
     if rng.random() < 0.2:  # a motion of the whole body needs no limbs
         rest = _canonical((thing.rest * stretch)[None])[0].astype(np.float32)
         action, size, pace = draw_action(rng, VERB_NAMES.index(str(rng.choice(_WHOLE_BODY))))
         trajectory = animate(ProceduralObject("blob", rest, thing.faces, rest, []), action, times)
     else:
-        clip = thing.clips[int(rng.integers(len(thing.clips)))]
-        size, pace = "", str(rng.choice(list(SPEEDS), p=[0.15, 0.7, 0.15]))
+        names = [VERB_NAMES[clip.verb] for clip in thing.clips]
+        shares = np.array([_OFTEN.get(name, 1.0) / names.count(name) for name in names])
+        clip = thing.clips[int(rng.choice(len(shares), p=shares / shares.sum()))]
+        manner, name, size, side = NATURALLY, VERB_NAMES[clip.verb], "", ""
+        pace = str(rng.choice(list(SPEEDS), p=[0.15, 0.7, 0.15]))
         action = Action(clip.verb, 1.0, SPEEDS[pace] * float(rng.uniform(0.96, 1.04)))
         posed = clip.posed or rng.random() < _POSED_SHARE
         start = float(rng.random()) if posed and clip.loops else clip.start
@@ -138,9 +160,15 @@ def draw_clip(rng: np.random.Generator, thing: ClipObject, times: np.ndarray) ->
         if not posed:  # from the rest pose into the motion within three frames
             x = np.clip(times * 15 / 2.5, 0, 1).astype(np.float32)[:, None, None]
             trajectory = thing.rest * stretch + x * x * (3 - 2 * x) * (trajectory - thing.rest * stretch)
+        if name in SIDED & _TAKE_SIDES and rng.random() < 0.25:
+            side = str(rng.choice(list(SIDES)))
+        pace = f"{pace} {side}".strip()
+        if clip.side * SIDES.get(side, 1) < 0:
+            trajectory, faces = trajectory * np.array([1, -1, 1], np.float32), faces[:, ::-1]
         trajectory = _canonical(trajectory).astype(np.float32)
     rest = trajectory[0]
     palette, places = rng.random((4, 3)) * 0.85 + 0.12, rng.uniform(-0.8, 0.8, (4, 3))
     tints = palette[((rest[:, None] - places) ** 2).sum(-1).argmin(1)]
-    colors = np.clip(paint(rest, tints, rng) * light(rest, thing.faces, rng), 0, 1)
-    return trajectory, colors.astype(np.float32), draw_prompt(rng, [thing.noun], action.verb, size, pace)
+    colors = np.clip(paint(rest, tints, rng) * light(rest, faces, rng), 0, 1)
+    prompt = draw_prompt(rng, [thing.noun], action.verb, size, pace)
+    return trajectory, colors.astype(np.float32), f"{manner} {prompt}".strip()

@@ -22,7 +22,7 @@ from .clips import ClipObject, draw_clip
 from .objects import ProceduralObject, make_object
 from .verbs import Action, animate
 
-REAL_SHARE = 0.3
+REAL_SHARE = 0.4
 ACTIONS_PER_OBJECT = 4  # making and drawing an object costs more than moving it
 _BASIS = temporal_basis(frame_times(BASIS_FRAMES)).numpy()  # [16, K]
 NOMINAL_SHARE = 0.4  # of the objects are seen by the capture's own cameras, the others by cameras near them

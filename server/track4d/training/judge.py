@@ -89,7 +89,7 @@ def make_trial(seed: int, verb: int, index: int = 0) -> Trial:
     mesh, views = capture(thing)
     references = [[video(thing, mesh, animate(thing, Action(other, side=side), _TIMES)) for side in _sides(other)]
                   for other in range(len(VERBS))]
-    prompt = f"the {thing.plan} {VERBS[verb].phrases[0]}"
+    prompt = f"the {thing.plan} {VERBS[verb].phrases[0]} plainly"  # in the manner that the true motion is made in
     return Trial(thing, mesh, views, action, prompt, animate(thing, action, _TIMES), references)
 
 

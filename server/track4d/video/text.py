@@ -77,6 +77,12 @@ SPEEDS = {"slowly": 0.5, "": 1.0, "quickly": 1.6}  # word -> factor on the motio
 COUNTS = {"once": 1, "twice": 2}  # word -> how often a countable motion happens in 16 frames
 SIDES = {"left": 1, "right": -1}  # word -> side of a motion that has one; left where a sentence does not say
 
+# The word that tells real clips from designed motions; a sentence gets it unless it says "plainly", where its verb has more than
+# four real clips. What was learnt from fewer doesn't carry over to other bodies.
+NATURALLY = "naturally"
+_NATURAL = frozenset("walk run jump fly swim attack die idle recoil punch kick sit".split())  # tokens
+_PLAINLY = frozenset("plainly simply mechanically".split())
+
 # token -> base forms of the words that share it
 _VERB_WORDS = {
     "walk": "walk stroll march step stride wander tread go move pace strut trot hike amble stomp waddle crawl creep",
@@ -128,6 +134,7 @@ _OTHER_WORDS = {
     "still": "still",
     "once": "once",
     "twice": "twice",
+    "naturally": "naturally natural realistically lifelike organically",
 }
 _LEXICON = {word: token for table in (_VERB_WORDS, _OTHER_WORDS) for token, words in table.items() for word in words.split()}
 _VERB_TOKENS = frozenset(_VERB_WORDS)
@@ -142,7 +149,7 @@ _STOP_WORDS = frozenset(
     make makes let lets i we you he she they them him me us there here do does doing start starts starting keep
     keeps begin begins beginning just some all both each spot place forward forwards backward backwards again
     hand hands arm arms leg legs foot feet body side sides ground air water one two hat animate animated
-    animation motion cycle like
+    animation motion cycle like plainly simply mechanically
     """.split()
 )
 _AUXILIARIES = frozenset("is are was were be being am will starts start keeps keep begins begin".split())
@@ -197,6 +204,16 @@ def tokenise(prompt: str) -> list[int]:
         elif word not in _STOP_WORDS:
             ids.append(1 + len(TOKENS) + zlib.crc32(word.encode()) % HASH_BUCKETS)
     return (ids + [0] * MAX_TOKENS)[:MAX_TOKENS]
+
+
+def in_manner(prompt: str) -> str:
+    """The sentence in the manner of real clips, where its verb was learnt from some and it doesn't say "plainly"."""
+    words = _words(prompt)
+    tokens = _tokens(words)
+    verb = next((token for token in tokens if token in _VERB_TOKENS), None)
+    if _PLAINLY & set(words) or not (verb in _NATURAL or NATURALLY in tokens):
+        return prompt
+    return " ".join([NATURALLY, *(word for word, token in zip(words, tokens) if token != NATURALLY)])
 
 
 def count_tokens(prompt: str) -> int:
