@@ -1,6 +1,6 @@
 """Vertex trajectories of captioned, animated GLB files, as the generator's training reads them. Needs bpy.
 
-    python tools/extract_clips.py FOLDER OUT [--verbs walk run ...] [--bodies 8]
+    python tools/extract_clips.py FOLDER OUT [--verbs walk run ...] [--bodies 9]
 
 FOLDER holds the GLB files and `captions.json`:
 {file: {"noun": ..., "front": "-Y", "clips": {name: {"verb": ..., "loops": ...}}}}; "front" may be left out.

@@ -37,7 +37,7 @@ from .progress import JobReport, Report
 from .video.checkpoints import open_published
 from .video.generator import STEPS, MotionGenerator, decode_video
 from .video.multiview_video import MultiViewVideo, fitted, on_background
-from .video.text import count_tokens, length_warnings
+from .video.text import count_tokens, in_manner, length_warnings
 
 # What a job takes at its peak, measured; bytes. The registration plans its own share (`fit.check_memory`).
 PIXEL_BYTES = 48  # of the video at the size the fit works with: its footage, and the refinement's pictures in float32
@@ -280,7 +280,7 @@ def shipped_generator() -> MotionGenerator:
 
 def word_warnings(generator: MotionGenerator, prompt: str) -> list[dict[str, str]]:
     """Warnings when the prompt's words mean nothing to the model, or are more than it reads."""
-    warnings = length_warnings(count_tokens(prompt))
+    warnings = length_warnings(count_tokens(in_manner(prompt)))
     unknown = generator.unknown_words(prompt)
     if not unknown:
         return warnings

@@ -2,7 +2,17 @@
 
 import pytest
 from track4d.video.generator import MotionGenerator
-from track4d.video.text import MAX_TOKENS, NATURALLY, VERBS, VOCABULARY_SIZE, in_manner, known_verbs, tokenise, unknown_words
+from track4d.video.text import (
+    MAX_TOKENS,
+    NATURALLY,
+    VERBS,
+    VOCABULARY_SIZE,
+    count_tokens,
+    in_manner,
+    known_verbs,
+    tokenise,
+    unknown_words,
+)
 
 
 def test_inflections_and_synonyms_mean_the_same():
@@ -85,3 +95,10 @@ def test_designed_motions_are_asked_for_as_they_are(prompt):
 
 def test_the_manner_is_no_unknown_word():
     assert unknown_words("the fox runs plainly") == unknown_words("the fox runs naturally") == []
+
+
+def test_the_word_for_the_manner_counts_among_the_tokens():
+    nine = " ".join(["jumps", *(f"thing{'abcdefgh'[k]}" for k in range(8))])
+    assert count_tokens(in_manner(nine)) == 10 and tokenise(in_manner(nine))[-1] == tokenise("thingh")[0]
+    assert count_tokens(in_manner(nine + " plainly")) == 9
+    assert count_tokens(in_manner(nine + " thingi")) == 11

@@ -149,9 +149,9 @@ _STOP_WORDS = frozenset(
     make makes let lets i we you he she they them him me us there here do does doing start starts starting keep
     keeps begin begins beginning just some all both each spot place forward forwards backward backwards again
     hand hands arm arms leg legs foot feet body side sides ground air water one two hat animate animated
-    animation motion cycle like plainly simply mechanically
+    animation motion cycle like
     """.split()
-)
+) | _PLAINLY
 _AUXILIARIES = frozenset("is are was were be being am will starts start keeps keep begins begin".split())
 _DETERMINERS = frozenset("a an the this that these those its his her their my your our some all both each".split())
 
