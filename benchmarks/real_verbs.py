@@ -5,8 +5,8 @@
 Every asset is animated from its rest pose by every verb that it has a clip of. A sample counts as the verb of the clip that
 is nearest to it at the clip's best phase and speed, in two senses: by the angle between both motions (the whole surface about
 its own mean over time, whatever the size: is it that kind of motion?), and by their mean distance (which favours small
-motions: to one that is not quite in step, standing still is nearer). Of a motion with a side its mirror image counts too:
-who waves the other hand waves.
+motions: to one that is not quite in step, standing still is nearer). Of a motion with a side its mirror image counts too: who
+waves the other hand waves.
 """
 
 from __future__ import annotations
@@ -82,19 +82,27 @@ def areas(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 def distances(motion: np.ndarray, poses: np.ndarray, cyclic: bool, shares: np.ndarray) -> tuple[float, float]:
     """How far a motion [F, N, 3] is from a clip [P, N, 3] at its best phase and speed: 1 - cosine, and mean distance."""
     weights = np.sqrt(shares)[:, None]
-    motion = (motion - motion.mean(0)) * weights
-    size = np.linalg.norm(motion)
+    motion, poses = motion * weights, poses * weights
+    flat, clip = motion.reshape(len(motion), -1), poses.reshape(len(poses), -1)
+    between, own, others = flat @ clip.T, flat @ flat.T, clip @ clip.T
+    free = motion - motion.mean(0)
     frames = np.arange(len(motion)) / len(motion)
-    angles, gaps = [], []
+    found = []
     for rate in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0) if cyclic else (0.6, 0.8, 1.0, 1.4, 2.0):
         for start in np.arange(0, 1, 1 / 12) if cyclic else (0.0, 0.1):
             phase = start + rate * frames
             place = np.mod(phase, 1.0) if cyclic else np.minimum(phase, 1 - 1 / POSES)
-            chosen = poses[np.round(place * POSES).astype(int) % POSES]
-            chosen = (chosen - chosen.mean(0)) * weights
-            angles.append(1 - float((motion * chosen).sum() / max(size * np.linalg.norm(chosen), 1e-9)))
-            gaps.append(float((np.linalg.norm(motion - chosen, axis=-1) * weights[:, 0]).sum() / len(motion)))
-    return min(angles), min(gaps)
+            chosen = np.round(place * POSES).astype(int) % POSES
+            sizes = about_mean(own) * about_mean(others[np.ix_(chosen, chosen)])
+            angle = 1 - about_mean(between[:, chosen]) / max(math.sqrt(max(sizes, 0)), 1e-9)
+            gap = np.linalg.norm(free - (poses[chosen] - poses[chosen].mean(0)), axis=-1)
+            found.append((angle, float((gap * weights[:, 0]).sum() / len(motion))))
+    return min(angle for angle, _ in found), min(gap for _, gap in found)
+
+
+def about_mean(products: np.ndarray) -> float:
+    """The scalar product of two sequences [F], each about its own mean, from those of all their elements [F, F]."""
+    return float(np.trace(products) - products.sum() / len(products))
 
 
 def mirrored(rest: np.ndarray, poses: np.ndarray) -> np.ndarray:
@@ -148,7 +156,7 @@ def main() -> None:
                 if name in SIDED:
                     sides.append(mirrored(mesh.vertices, sides[0]))
             for verb in dict.fromkeys(clips.values()):
-                answers: tuple[list[str], list[str]] = ([], [])
+                answers: list[list[str]] = [[], []]
                 for seed in range(arguments.samples):
                     prompt = f"the {noun} {phrases[verb]}"
                     motion = generator.generate(mesh, views, viewmats, Ks, prompt, steps=arguments.steps, seed=seed)
@@ -160,10 +168,10 @@ def main() -> None:
                         answers[sense].append(list(clips.values())[int(np.argmin([gaps[sense] for gaps in found]))])
                 hits = [sum(answer == verb for answer in one) for one in answers]
                 prompts, right = prompts + arguments.samples, [a + b for a, b in zip(right, hits)]
-                print(f"| {asset} | {verb} | {', '.join(answers[0])} | {hits[0]}/{arguments.samples} | "
-                      f"{', '.join(answers[1])} | {hits[1]}/{arguments.samples} |", flush=True)
-    print(f"recognised by angle: {right[0]} of {prompts} = {right[0] / prompts:.0%}; "
-          f"by distance: {right[1]} = {right[1] / prompts:.0%}")
+                cells = [f"{', '.join(one)} | {hit}/{arguments.samples}" for one, hit in zip(answers, hits)]
+                print(f"| {asset} | {verb} | {' | '.join(cells)} |", flush=True)
+    for sense, count in zip(("angle", "distance"), right):
+        print(f"recognised by {sense}: {count} of {prompts} = {count / prompts:.0%}")
 
 
 if __name__ == "__main__":
