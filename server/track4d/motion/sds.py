@@ -22,7 +22,7 @@ from ..video.diffusion import BASIS_FRAMES, log_snr
 from ..video.generator import decode_video, encode_tracks
 from ..video.maps import surface_operator
 from ..video.sampling import ALPHA_BARS, TRAINING_STEPS, add_noise, guided
-from ..video.text import in_manner, tokenise
+from ..video.text import read
 
 if TYPE_CHECKING:
     from ..video.generator import MotionGenerator
@@ -141,7 +141,7 @@ def motion_prior(model: MotionGenerator, mesh: Mesh, shading: np.ndarray, prompt
     seen = model.observe(mesh, stills, viewmats, Ks)[0]
     seen_by = surface_operator(mesh.vertices, mesh.faces, viewmats, zbuffer.scale_intrinsics(Ks, grid / STILLS), grid)
     mask = seen[:, :, -1:]  # the network's answer means nothing where no surface is seen
-    tokens = torch.tensor([tokenise(in_manner(prompt))])
+    tokens = torch.tensor([read(prompt)])
 
     def loss(tracks: Tensor, generator: torch.Generator) -> Tensor:
         paths = tracks.permute(1, 2, 0)  # [N, 3, F]

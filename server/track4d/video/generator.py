@@ -129,7 +129,7 @@ class MotionGenerator:
         seen, maps, coverage = self.observe(mesh, views, viewmats, Ks)
         shape = (CANDIDATES, len(views), self.network.config.latent, grid, grid)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        seen, tokens = seen.expand(CANDIDATES, -1, -1, -1, -1), torch.tensor([text.tokenise(text.in_manner(prompt))] * CANDIDATES)
+        seen, tokens = seen.expand(CANDIDATES, -1, -1, -1, -1), torch.tensor([text.read(prompt)] * CANDIDATES)
         latents = self.sample(seen, tokens, noise, steps, guidance, lambda step: report("generate", step, steps))
         latent = latents[self.doubt(latents, seen, tokens).argmin()]
         report("generate", steps, steps)
@@ -204,7 +204,7 @@ class MotionGenerator:
         """
         seen = seen.expand(len(noisy), -1, -1, -1, -1)
         level = torch.full((len(noisy),), noise_level)
-        tokens = torch.tensor([text.tokenise(text.in_manner(prompt))]).expand(len(noisy), -1)
+        tokens = torch.tensor([text.read(prompt)]).expand(len(noisy), -1)
         if guidance == 1:
             return self.network(noisy, seen, level, tokens)
         return guided(*self.predictions(noisy, seen, level, tokens), guidance)

@@ -216,6 +216,11 @@ def in_manner(prompt: str) -> str:
     return " ".join([NATURALLY, *(word for word, token in zip(words, tokens) if token != NATURALLY)])
 
 
+def read(prompt: str) -> list[int]:
+    """What the generator reads of a user's sentence: the tokens of it in its manner, `MAX_TOKENS` long."""
+    return tokenise(in_manner(prompt))
+
+
 def count_tokens(prompt: str) -> int:
     """How many tokens a sentence has, those that `tokenise` leaves out beyond `MAX_TOKENS` too."""
     return sum(any(tokenise(word)) for word in prompt.split())
