@@ -1,10 +1,13 @@
 """The generator's training: its data are exact, its runs repeatable."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from track4d.training import data
 from track4d.training.actions import draw_action
@@ -14,9 +17,9 @@ from track4d.training.objects import PLANS, make_object
 from track4d.training.verbs import Action, animate, mirrored
 from track4d.video.diffusion import BASIS_FRAMES, frame_times, log_snr, temporal_basis
 from track4d.video.generator import MotionGenerator
-from track4d.video.motion_unet import MotionUNet, UNetConfig
+from track4d.video.motion_unet import MotionUNet, UNetConfig, patches, pixels
 from track4d.video.text import VERB_NAMES, VERBS
-from track4d_protocol.errors import Cancelled
+from track4d_protocol.errors import Cancelled, InputError
 
 TIMES = frame_times(BASIS_FRAMES).numpy()
 TINY = UNetConfig(channels=(32, 32, 32), embedding=32, text_width=32)
@@ -112,6 +115,17 @@ def test_a_finer_network_answers_as_the_coarse_one():
         answer = coarse(signal(32) + shares[0] * noise, batch.condition, level, tokens)
         finer = fine(doubled(signal(64) + shares[1] / 2 * noise), doubled(batch.condition), level, tokens)
     assert torch.allclose(doubled(answer), finer, atol=1e-4) and answer.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_patches_are_convolved_as_if_they_were_channels(side, kernel):
+    layer = torch.nn.Conv2d(5 * side * side, 7, kernel, padding=kernel // 2)
+    picture = torch.randn(2, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(patches(picture, layer, side), layer(F.pixel_unshuffle(picture, side)))
+    back = torch.nn.Conv2d(7, 5 * side * side, 1)
+    tokens = torch.randn(2, 7, 4, 4)
+    torch.testing.assert_close(pixels(tokens, back, side), F.pixel_shuffle(back(tokens), side))
 
 
 def test_training_can_be_refined(tmp_path):
@@ -233,6 +247,37 @@ def test_clips_happen_to_the_left_unless_the_sentence_says_right(tmp_path):
         assert (left > right) != ("right" in prompt.split())
         said |= {"right", "left"} & set(prompt.split())
     assert said == {"right", "left"}
+
+
+def test_processes_share_a_training(tmp_path):
+    """Each takes its part of every batch, all end with the same weights, and one writes them."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "from track4d.training import motion\n"
+        "from track4d.video.motion_unet import MotionUNet, UNetConfig\n"
+        "made = []\n"
+        "motion.MotionUNet = lambda config: made.append(MotionUNet(config)) or made[-1]\n"
+        "tiny = UNetConfig(channels=(32, 32, 32), embedding=32, text_width=32)\n"
+        "motion.train(Path(sys.argv[1]), motion.TrainingSettings(steps=3, batch=8), config=tiny)\n"
+        "torch.save(made[0].state_dict(), f'{sys.argv[1]}/{os.environ[\"RANK\"]}.pt')\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, script, str(tmp_path / "two")], check=True, capture_output=True, timeout=240)
+    first, second = (torch.load(tmp_path / "two" / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len((tmp_path / "two" / "log.jsonl").read_text().splitlines()) == 1
+    alone = load_file(train(tmp_path / "one", TrainingSettings(steps=3, batch=8), config=TINY))
+    shared = load_file(tmp_path / "two" / "motion.safetensors")
+    assert any(not torch.equal(alone[name], shared[name]) for name in alone)  # the second process had data of its own
+
+
+def test_a_batch_must_be_shared_in_fours(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="12") as caught:
+        train(tmp_path, TrainingSettings(steps=1, batch=12), config=TINY)
+    assert caught.value.code == "bad_batch"
 
 
 def test_log_is_one_json_object_a_line(tmp_path):

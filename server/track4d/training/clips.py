@@ -11,7 +11,7 @@ import numpy as np
 from ..video.text import NATURALLY, SIDES, SPEEDS, VERB_NAMES
 from .actions import SIDED, draw_action, draw_prompt
 from .objects import ProceduralObject, light, paint
-from .verbs import Action, animate
+from .verbs import animate
 
 # Cycles of the dominant rhythm in a 16-frame clip at speed 1: those of the procedural verbs, so that both agree.
 _RHYTHM = {"walk": 1.0, "run": 2.0, "fly": 2.0, "swim": 1.5, "nod": 2.0, "wave": 2.0, "bounce": 2.0}
@@ -19,9 +19,13 @@ _WHOLE_BODY = ("bounce", "squash and stretch", "spin", "shake", "sway", "twist",
 _FAR = 0.35  # mean distance from the rest pose, canonical, beyond which a clip starts in its own pose
 _TURNED = math.radians(40)  # about the vertical, likewise
 _POSED_SHARE = 0.3  # of samples start in a pose of the clip rather than in the rest pose
+# Of the others, those whose rest pose is one of another clip: who rests with bent arms walks as who lets them hang.
+_OTHER_REST_SHARE = 0.3
 # How often a mesh does what it can do; 1 for all others.
 _OFTEN = {"walk": 2.0, "run": 2.0, "sit": 3.0, "wave": 3.0, "eat": 3.0, "dance": 3.0, "punch": 2.0, "clap": 2.0}
 _TAKE_SIDES = frozenset(("wave", "punch", "kick", "die", "attack"))
+_WHOLE_BODY_SHARE = 0.2  # of samples need no limbs, and so no clip
+_FLIP = np.array([1, -1, 1], np.float32)
 _ONE_SIDED = 0.1  # by which share of the motion one half has to do more than the other
 
 
@@ -132,6 +136,37 @@ def _canonical(trajectory: np.ndarray) -> np.ndarray:
     return centred / np.linalg.norm(centred[0], axis=1).max()
 
 
+def _draw_rest(rng: np.random.Generator, thing: ClipObject) -> np.ndarray:
+    """The mesh's rest pose, or another in which it could be captured: a moment of a clip that stays near it; [N, 3]."""
+    near = [clip for clip in thing.clips if not clip.posed]
+    if not near or rng.random() >= _OTHER_REST_SHARE:
+        return thing.rest
+    poses = near[int(rng.integers(len(near)))].poses
+    pose = poses[int(rng.integers(len(poses)))].astype(np.float32)
+    return pose if float(np.linalg.norm(pose - thing.rest, axis=1).mean()) < _FAR else thing.rest
+
+
+def _draw_played(rng: np.random.Generator, thing: ClipObject, times: np.ndarray) -> tuple[np.ndarray, str, str, str, bool]:
+    """One of the mesh's clips, from the rest pose or from its own: trajectory, verb, pace, side, whether it is mirrored."""
+    names = [VERB_NAMES[clip.verb] for clip in thing.clips]
+    shares = np.array([_OFTEN.get(name, 1.0) / names.count(name) for name in names])
+    clip = thing.clips[int(rng.choice(len(shares), p=shares / shares.sum()))]
+    name, side = VERB_NAMES[clip.verb], ""
+    pace = str(rng.choice(list(SPEEDS), p=[0.15, 0.7, 0.15]))
+    speed = SPEEDS[pace] * float(rng.uniform(0.96, 1.04))
+    posed = clip.posed or rng.random() < _POSED_SHARE
+    start = float(rng.random()) if posed and clip.loops else clip.start
+    trajectory = clip.at(start + times * (15 / 16 * speed * clip.rate))
+    if not posed:  # into the motion within three frames
+        x = np.clip(times * 15 / 2.5, 0, 1).astype(np.float32)[:, None, None]
+        rest = _draw_rest(rng, thing)
+        trajectory = rest + x * x * (3 - 2 * x) * (trajectory - rest)
+    if name in SIDED & _TAKE_SIDES and rng.random() < 0.25:
+        side = str(rng.choice(list(SIDES)))
+    mirrored = clip.side * SIDES.get(side, 1) < 0
+    return trajectory * _FLIP if mirrored else trajectory, name, pace, side, mirrored
+
+
 def draw_clip(rng: np.random.Generator, thing: ClipObject, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     """A motion of a real mesh, to the left as long as the sentence doesn't say "right".
 
@@ -141,34 +176,19 @@ def draw_clip(rng: np.random.Generator, thing: ClipObject, times: np.ndarray) ->
     Returns:
         trajectory [F, N, 3] float32 from the pose of the pictures on, colours [N, 3], and a sentence.
     """
-    faces, manner = thing.faces, ""
-    stretch = rng.uniform(0.9, 1.12, 3).astype(np.float32)
-    if rng.random() < 0.2:  # a motion of the whole body needs no limbs
+    stretch, faces = rng.uniform(0.9, 1.12, 3).astype(np.float32), thing.faces
+    if rng.random() < _WHOLE_BODY_SHARE:
         rest = _canonical((thing.rest * stretch)[None])[0].astype(np.float32)
         action, size, pace = draw_action(rng, VERB_NAMES.index(str(rng.choice(_WHOLE_BODY))))
-        trajectory = animate(ProceduralObject("blob", rest, thing.faces, rest, []), action, times)
+        trajectory = animate(ProceduralObject("blob", rest, faces, rest, []), action, times)
+        prompt = draw_prompt(rng, [thing.noun], action.verb, size, pace)
     else:
-        names = [VERB_NAMES[clip.verb] for clip in thing.clips]
-        shares = np.array([_OFTEN.get(name, 1.0) / names.count(name) for name in names])
-        clip = thing.clips[int(rng.choice(len(shares), p=shares / shares.sum()))]
-        manner, name, size, side = NATURALLY, VERB_NAMES[clip.verb], "", ""
-        pace = str(rng.choice(list(SPEEDS), p=[0.15, 0.7, 0.15]))
-        action = Action(clip.verb, 1.0, SPEEDS[pace] * float(rng.uniform(0.96, 1.04)))
-        posed = clip.posed or rng.random() < _POSED_SHARE
-        start = float(rng.random()) if posed and clip.loops else clip.start
-        trajectory = clip.at(start + times * (15 / 16 * action.speed * clip.rate)) * stretch
-        if not posed:  # from the rest pose into the motion within three frames
-            x = np.clip(times * 15 / 2.5, 0, 1).astype(np.float32)[:, None, None]
-            trajectory = thing.rest * stretch + x * x * (3 - 2 * x) * (trajectory - thing.rest * stretch)
-        if name in SIDED & _TAKE_SIDES and rng.random() < 0.25:
-            side = str(rng.choice(list(SIDES)))
-        pace = f"{pace} {side}".strip()
-        if clip.side * SIDES.get(side, 1) < 0:
-            trajectory, faces = trajectory * np.array([1, -1, 1], np.float32), faces[:, ::-1]
-        trajectory = _canonical(trajectory).astype(np.float32)
+        played, name, pace, side, mirrored = _draw_played(rng, thing, times)
+        trajectory = _canonical(played * stretch).astype(np.float32)
+        faces = faces[:, ::-1] if mirrored else faces
+        prompt = f"{NATURALLY} " + draw_prompt(rng, [thing.noun], VERB_NAMES.index(name), "", f"{pace} {side}".strip())
     rest = trajectory[0]
     palette, places = rng.random((4, 3)) * 0.85 + 0.12, rng.uniform(-0.8, 0.8, (4, 3))
     tints = palette[((rest[:, None] - places) ** 2).sum(-1).argmin(1)]
     colors = np.clip(paint(rest, tints, rng) * light(rest, faces, rng), 0, 1)
-    prompt = draw_prompt(rng, [thing.noun], action.verb, size, pace)
-    return trajectory, colors.astype(np.float32), f"{manner} {prompt}".strip()
+    return trajectory, colors.astype(np.float32), prompt

@@ -33,7 +33,8 @@ class Batch:
     """Samples for one training step.
 
     Attributes:
-        latent: [B, V, 3 K, R, R]; condition: [B, V, 8, R, R]; mask: [B, V, 1, R, R]; tokens: [B, MAX_TOKENS] int64.
+        latent: [B, V, 3 K, R, R], channels last in memory.
+        condition: [B, V, 8, R, R]; mask: [B, V, 1, R, R]; tokens: [B, MAX_TOKENS] int64.
     """
 
     latent: Tensor
@@ -80,8 +81,8 @@ def encode(
     values = np.concatenate([colors, vertices, *map(motion_coefficients, trajectories)], 1)
     maps, coverage = surface_maps(vertices, faces, values, viewmats, Ks, grid)
     rgba = np.concatenate([maps[..., :3], np.ones_like(maps[..., :1])], -1) * coverage[..., None]
-    latents = maps[..., 6:].reshape(*maps.shape[:3], len(trajectories), -1).transpose(3, 0, 4, 1, 2) * LATENT_SCALE
-    return latents, condition(rgba, maps[..., 3:6], coverage), (coverage > 0)[:, None].astype(np.float32)
+    latents = maps[..., 6:].reshape(*maps.shape[:3], len(trajectories), -1).transpose(3, 0, 1, 2, 4) * LATENT_SCALE
+    return latents.transpose(0, 1, 4, 2, 3), condition(rgba, maps[..., 3:6], coverage), (coverage > 0)[:, None].astype(np.float32)
 
 
 def _prompted_actions(rng: np.random.Generator, thing: ProceduralObject) -> list[tuple[Action, str]]:
@@ -120,8 +121,10 @@ def make_batch(seed: int, step: int, size: int, real: list[ClipObject] | None = 
             actions = _prompted_actions(rng, thing)
             motions = [animate(thing, action, times) for action, _ in actions]
             add(thing.vertices, thing.faces, thing.colors, motions, [prompt for _, prompt in actions])
+    channels_last = np.empty((size, *latents[0].shape[1:2], grid, grid, latents[0].shape[2]), np.float32)
+    np.concatenate([latent.transpose(0, 1, 3, 4, 2) for latent in latents], out=channels_last)
     return Batch(
-        torch.from_numpy(np.concatenate(latents)),
+        torch.from_numpy(channels_last).permute(0, 1, 4, 2, 3),
         torch.from_numpy(np.stack(conditions)),
         torch.from_numpy(np.stack(masks)),
         torch.tensor(tokens),
