@@ -49,6 +49,16 @@ def test_the_network_doubts_a_motion_under_another_sentence(generator, dog):
     assert (doubts[0] < doubts[1:]).float().mean() > 0.9
 
 
+def test_guidance_keeps_to_its_interval(generator, dog, monkeypatch):
+    levels, predictions = [], generator.predictions
+    monkeypatch.setattr(generator, "predictions", lambda *given: levels.append(float(given[2][0])) or predictions(*given))
+    generate(generator, dog, steps=5, guidance=2.0)
+    assert levels == pytest.approx([0.8, 0.6, 0.4])
+    levels.clear()
+    generate(generator, dog, steps=5, guidance=1.0)
+    assert not levels
+
+
 @pytest.mark.parametrize("frames", [2, 8, 16, 33])
 def test_any_number_of_frames(generator, dog, frames):
     motion = generate(generator, dog, frames=frames)

@@ -25,8 +25,10 @@ from .sampling import guided
 
 WEIGHTS = Path(__file__).parent / "weights" / "motion.safetensors"
 GUIDANCE = 3.0  # classifier-free guidance: 1 is without, and half the work; more exaggerates the motion
-# The last steps go without guidance, which would do nothing there but make the motion larger than it should be
-# (Kynkaanniemi et al. 2024, guidance in a limited interval).
+# The first and the last steps go without guidance (Kynkaanniemi et al. 2024, guidance in a limited interval): from noise alone
+# the guesses with the sentence and without are so far apart that three times their difference leads astray, and at the end it
+# would only make the motion larger than it should be.
+GUIDED_BELOW = 0.9  # noise level
 GUIDED_ABOVE = 0.1  # noise level; where steps are few, the last one at least
 STEPS = 8  # more are no better: what a sentence asks of a mesh leaves little to chance (weights/motion.md)
 CANDIDATES = 4  # drawn for every answer, of which the likeliest is given
@@ -215,7 +217,7 @@ class MotionGenerator:
         """Latents [B, V, 3 K, R, R] for conditions [B, V, 8, R, R] and sentences [B, MAX_TOKENS]."""
 
         def clean(latent: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-            if guidance == 1 or float(level[0]) < max(GUIDED_ABOVE, 1.5 / steps):
+            if guidance == 1 or not max(GUIDED_ABOVE, 1.5 / steps) <= float(level[0]) <= GUIDED_BELOW:
                 return self.network(latent, seen, level, tokens)
             return guided(*self.predictions(latent, seen, level, tokens), guidance)
 
