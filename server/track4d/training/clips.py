@@ -11,7 +11,7 @@ import numpy as np
 from ..video.text import NATURALLY, SIDES, SPEEDS, VERB_NAMES
 from .actions import SIDED, draw_action, draw_prompt
 from .objects import ProceduralObject, light, paint
-from .verbs import animate
+from .verbs import FLIP, animate
 
 # Cycles of the dominant rhythm in a 16-frame clip at speed 1: those of the procedural verbs, so that both agree.
 _RHYTHM = {"walk": 1.0, "run": 2.0, "fly": 2.0, "swim": 1.5, "nod": 2.0, "wave": 2.0, "bounce": 2.0}
@@ -25,7 +25,6 @@ _OTHER_REST_SHARE = 0.3
 _OFTEN = {"walk": 2.0, "run": 2.0, "sit": 3.0, "wave": 3.0, "eat": 3.0, "dance": 3.0, "punch": 2.0, "clap": 2.0}
 _TAKE_SIDES = frozenset(("wave", "punch", "kick", "die", "attack"))
 _WHOLE_BODY_SHARE = 0.2  # of samples need no limbs, and so no clip
-_FLIP = np.array([1, -1, 1], np.float32)
 _ONE_SIDED = 0.1  # by which share of the motion one half has to do more than the other
 
 
@@ -164,7 +163,7 @@ def _draw_played(rng: np.random.Generator, thing: ClipObject, times: np.ndarray)
     if name in SIDED & _TAKE_SIDES and rng.random() < 0.25:
         side = str(rng.choice(list(SIDES)))
     mirrored = clip.side * SIDES.get(side, 1) < 0
-    return trajectory * _FLIP if mirrored else trajectory, name, pace, side, mirrored
+    return trajectory * FLIP if mirrored else trajectory, name, pace, side, mirrored
 
 
 def draw_clip(rng: np.random.Generator, thing: ClipObject, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from track4d_protocol.errors import InputError
 
 from ..progress import Report, silent
-from ..video.diffusion import log_snr
+from ..video.diffusion import log_snr, mix
 from ..video.generator import MotionGenerator
 from ..video.motion_unet import MotionUNet, UNetConfig
 from .clips import load_clips
@@ -91,7 +91,7 @@ def diffusion_loss(
     noise = torch.randn(clean.shape, generator=generator)
     snr = log_snr(noise_level, shape[-1])[owner, None]
     rows = torch.zeros(batch.mask.numel(), shape[2], dtype=precision)
-    rows[seen] = (torch.sigmoid(-snr).sqrt() * noise).addcmul_(torch.sigmoid(snr).sqrt(), clean).to(precision)
+    rows[seen] = mix(clean, noise, snr).to(precision)
     noisy = rows.view(*shape[:2], *shape[3:], shape[2]).permute(0, 1, 4, 2, 3)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
         predicted = network(noisy, batch.condition, noise_level, batch.tokens, drop)
@@ -219,6 +219,8 @@ def train(
                 save()
     finally:
         save()
+        if ranks > 1:
+            dist.destroy_process_group()
     return weights
 
 

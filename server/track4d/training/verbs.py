@@ -18,7 +18,7 @@ from ..video.text import VERB_NAMES
 from .objects import Limb, ProceduralObject
 
 FORWARD, LEFT, UP = np.eye(3)
-_FLIP = np.array([1, -1, 1], np.float32)  # left to right
+FLIP = np.array([1, -1, 1], np.float32)  # left to right
 
 
 @dataclass(frozen=True)
@@ -499,10 +499,10 @@ def animate(thing: ProceduralObject, action: Action, times: np.ndarray) -> np.nd
     """
     stage = _Stage(thing if action.side > 0 else mirrored(thing), action, times)
     _MOTIONS[VERB_NAMES[action.verb]](stage)
-    return stage.P if action.side > 0 else stage.P * _FLIP
+    return stage.P if action.side > 0 else stage.P * FLIP
 
 
 def mirrored(thing: ProceduralObject) -> ProceduralObject:
     """The object with left and right exchanged, vertex by vertex."""
-    limbs = [replace(limb, side=-limb.side, root=limb.root * _FLIP, tip=limb.tip * _FLIP) for limb in thing.limbs]
-    return replace(thing, vertices=thing.vertices * _FLIP, limbs=limbs)
+    limbs = [replace(limb, side=-limb.side, root=limb.root * FLIP, tip=limb.tip * FLIP) for limb in thing.limbs]
+    return replace(thing, vertices=thing.vertices * FLIP, limbs=limbs)

@@ -52,7 +52,11 @@ def log_snr(noise_level: Tensor, grid: int) -> Tensor:
 
 def add_noise(latent: Tensor, noise: Tensor, noise_level: Tensor) -> Tensor:
     """Variance-preserving diffusion of [B, ..., R, R] at noise levels [B]."""
-    snr = log_snr(noise_level, latent.shape[-1]).reshape(-1, *[1] * (latent.ndim - 1))
+    return mix(latent, noise, log_snr(noise_level, latent.shape[-1]).reshape(-1, *[1] * (latent.ndim - 1)))
+
+
+def mix(latent: Tensor, noise: Tensor, snr: Tensor) -> Tensor:
+    """The same at log-SNRs that broadcast against the latent."""
     return (torch.sigmoid(-snr).sqrt() * noise).addcmul_(torch.sigmoid(snr).sqrt(), latent)
 
 
