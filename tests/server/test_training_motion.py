@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from track4d.training import data
 from track4d.training.actions import draw_action
 from track4d.training.clips import draw_clip, load_clips
-from track4d.training.motion import TrainingSettings, train
+from track4d.training.motion import TrainingSettings, diffusion_loss, train
 from track4d.training.objects import PLANS, make_object
 from track4d.training.verbs import Action, animate, mirrored
 from track4d.video.diffusion import BASIS_FRAMES, frame_times, log_snr, temporal_basis
 from track4d.video.generator import MotionGenerator
-from track4d.video.motion_unet import MotionUNet, UNetConfig, patches, pixels
+from track4d.video.motion_unet import MotionUNet, UNetConfig, patches, pixels, turned
+from track4d.video.parts import affine_fits, cells
 from track4d.video.text import VERB_NAMES, VERBS
 from track4d_protocol.errors import Cancelled, InputError
 
@@ -126,6 +127,61 @@ def test_patches_are_convolved_as_if_they_were_channels(side, kernel):
     back = torch.nn.Conv2d(7, 5 * side * side, 1)
     tokens = torch.randn(2, 7, 4, 4)
     torch.testing.assert_close(pixels(tokens, back, side), F.pixel_shuffle(back(tokens), side))
+
+
+def test_a_token_turns_all_its_pixels():
+    generator = torch.Generator().manual_seed(0)
+    matrices, places = torch.randn(2, 5 * 3, 4, 6, generator=generator), torch.randn(2, 3, 8, 12, generator=generator)
+    everywhere = matrices.view(2, 5, 3, 4, 6).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    torch.testing.assert_close(turned(matrices, places), (everywhere * places[:, None]).sum(2))
+
+
+def test_rigid_parts_are_read_from_noise_that_hides_every_pixel():
+    """Two halves that turn about different axes: two fits, exact where there is no noise and near where there is much."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.rand(2, 4000, 3, generator=generator) - 0.5
+    functions = torch.cat([places, torch.ones(2, 4000, 1)], 2)
+    left = (places[..., :1] < 0).float()
+    shares = torch.cat([left, 1 - left], 2)
+    truth = torch.zeros(2, 2, 4, 36)
+    truth[..., :6] = 3 * torch.randn(2, 2, 4, 6, generator=generator)
+    latent = torch.einsum("bpk,bpf,bkfc->bpc", shares, functions, truth)
+
+    def fitted(level):
+        snr = log_snr(torch.full((2,), level), 64)
+        signal = torch.sigmoid(snr)[:, None, None]
+        noisy = signal.sqrt() * latent + (1 - signal).sqrt() * torch.randn(latent.shape, generator=generator)
+        fits, facts = affine_fits(noisy, functions, shares, snr)
+        assert facts.std() < 2
+        again = torch.einsum("bpk,bpf,bkfc->bpc", shares, functions, fits)
+        return float((again - latent).square().sum() / latent.square().sum())
+
+    assert fitted(0.0) < 0.01
+    assert fitted(0.75) < 0.2  # where a pixel's signal is a twentieth of its noise
+    assert abs(fitted(1.0) - 1) < 0.01  # nothing is seen in pure noise
+
+
+def test_cells_keep_the_noise_as_it_is():
+    maps = torch.randn(2, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = cells(maps, 2)
+    assert rows.shape == (2, 3 * 16, 5) and abs(float(rows.var()) - 1) < 0.1
+    torch.testing.assert_close(rows[1, 16 + 5], maps[1, 1, :, 2:4, 2:4].sum((1, 2)) / 2)  # second view, second row and column
+
+
+def test_every_part_of_the_shipped_network_works():
+    """None is saturated: a gradient comes through everything, and half precision hardly changes it."""
+    network = MotionGenerator.load().network.train()
+    batch = data.make_batch(7, 0, 8, grid=network.config.grid)
+
+    def gradients(precision):
+        loss, _ = diffusion_loss(network, batch, torch.Generator().manual_seed(0), precision)
+        network.zero_grad()
+        loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in network.named_parameters() if parameter.ndim > 1}
+
+    exact, usual = gradients(torch.float32), gradients(torch.bfloat16)
+    wrong = {name: float((usual[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+    assert max(wrong.values()) < 0.5, wrong
 
 
 def test_training_can_be_refined(tmp_path):

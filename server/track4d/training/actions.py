@@ -9,11 +9,11 @@ from .objects import ProceduralObject
 from .verbs import Action
 
 # Locomotion is what people ask for first, and the hardest; whole-body motions are learnt soonest.
-_OFTEN = {"walk": 7.0, "run": 6.0, "fly": 4.0, "swim": 3.5} | dict.fromkeys(("wag the tail", "wave", "flap"), 2.0)
+_OFTEN = {"walk": 3.5, "run": 3.5, "fly": 2.5, "swim": 2.0} | dict.fromkeys(("wag the tail", "wave", "flap"), 2.0)
 _OFTEN |= dict.fromkeys(("jump", "look around", "twist", "dance"), 1.5)
-_OFTEN |= {"idle": 2.0, "clap": 2.0} | dict.fromkeys(("attack", "eat", "kick", "sit"), 1.5)
-_SELDOM = dict.fromkeys(("bounce", "squash and stretch", "sway", "bend left", "bend right", "pulse", "shake"), 0.7)
-_SHARES = np.array([(_OFTEN | _SELDOM).get(name, 1.0) for name in VERB_NAMES])
+_OFTEN |= {"idle": 2.0, "clap": 2.0} | dict.fromkeys(("attack", "eat", "kick"), 1.5)
+_OFTEN |= dict.fromkeys(("sit", "die", "roll", "spin", "turn"), 2.0)  # far from rest, where errors are largest
+_SHARES = np.array([_OFTEN.get(name, 1.0) for name in VERB_NAMES])
 _SHARES /= _SHARES.sum()
 
 # Motions that can be told to the other side, and how often those that can be counted happen in 16 frames.

@@ -63,7 +63,7 @@ def rate(settings: TrainingSettings, step: int) -> float:
 
 def make_optimizers(network: MotionUNet, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers, AdamW for the rest; a group's `base` is its rate in the constant phase."""
-    outer = ("latent_in", "condition_in", "out", "text.", "view")
+    outer = ("latent_in", "condition_in", "out", "affine", "parts.share", "parts.out", "parts.to", "text.", "view")
     hidden: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in network.named_parameters():
@@ -79,11 +79,13 @@ def diffusion_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss to minimise, and the plain squared error of the predicted clean latent where the object is.
 
-    All noise levels count alike: what the sentence means is learnt from the noisiest samples, and weights by the SNR would
-    drown them. Small motions count more than their square, or a wagging tail would never be learnt beside a spin.
+    What the sentence means is learnt from the noisiest samples, so three quarters of them are in the upper half of the levels,
+    and one eleventh all noise, as sampling begins with; weights by the SNR would drown them. Small motions count more than
+    their square, or a wagging tail would never be learnt beside a spin.
     """
     size, shape = len(batch.latent), batch.latent.shape
-    noise_level = torch.rand(size, generator=generator)
+    place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size  # evenly spread
+    noise_level = (place * 1.1).sqrt().clamp(max=1)
     drop = torch.rand(size, generator=generator) < TEXT_DROP
     seen = torch.nonzero(batch.mask.reshape(-1))[:, 0]  # pixels that see the object; the others are two thirds of the work
     owner = seen // (batch.mask.numel() // size)

@@ -24,9 +24,9 @@ from .motion_unet import MotionUNet, UNetConfig
 from .sampling import guided
 
 WEIGHTS = Path(__file__).parent / "weights" / "motion.safetensors"
-GUIDANCE = 3.0  # classifier-free guidance: 1 is without, and half the work; more exaggerates the motion
+GUIDANCE = 1.5  # classifier-free guidance: 1 is without, and half the work; more exaggerates the motion
 # The first and the last steps go without guidance (Kynkaanniemi et al. 2024, guidance in a limited interval): from noise alone
-# the guesses with the sentence and without are so far apart that three times their difference leads astray, and at the end it
+# the guesses with the sentence and without are so far apart that more than their difference leads astray, and at the end it
 # would only make the motion larger than it should be.
 GUIDED_BELOW = 0.9  # noise level
 GUIDED_ABOVE = 0.1  # noise level; where steps are few, the last one at least
