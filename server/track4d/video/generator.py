@@ -20,7 +20,7 @@ from ..progress import Report, silent
 from . import text
 from .diffusion import BASIS_FRAMES, COEFFICIENTS, LATENT_SCALE, add_noise, frame_times, sample, temporal_basis
 from .maps import condition, shrink, surface_maps
-from .motion_unet import MotionUNet, UNetConfig
+from .motion_unet import MotionUNet, Observed, UNetConfig
 from .sampling import guided
 
 WEIGHTS = Path(__file__).parent / "weights" / "motion.safetensors"
@@ -159,13 +159,13 @@ class MotionGenerator:
         return torch.from_numpy(condition(shrink(views, grid), maps, coverage))[None], maps, coverage
 
     def predictions(
-        self, noisy: torch.Tensor, seen: torch.Tensor, noise_level: torch.Tensor, tokens: torch.Tensor
+        self, noisy: torch.Tensor, seen: torch.Tensor | Observed, noise_level: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The clean latents that the network believes in, with the sentence and without it.
 
         Args:
             noisy: [B, V, 3 K, R, R].
-            seen: [B, V, 8, R, R] from `observe`.
+            seen: [B, V, 8, R, R] from `observe`, or what the network has made of it.
             noise_level: [B] in 0..1.
             tokens: [B, MAX_TOKENS] int64.
         """
@@ -215,11 +215,12 @@ class MotionGenerator:
         self, seen: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor, steps: int, guidance: float, on_step=None
     ) -> torch.Tensor:
         """Latents [B, V, 3 K, R, R] for conditions [B, V, 8, R, R] and sentences [B, MAX_TOKENS]."""
+        observed = self.network.observe(seen)
 
         def clean(latent: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
             if guidance == 1 or not max(GUIDED_ABOVE, 1.5 / steps) <= float(level[0]) <= GUIDED_BELOW:
-                return self.network(latent, seen, level, tokens)
-            return guided(*self.predictions(latent, seen, level, tokens), guidance)
+                return self.network(latent, observed, level, tokens)
+            return guided(*self.predictions(latent, observed, level, tokens), guidance)
 
         return sample(clean, noise, steps, on_step)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,23 @@ class TextEncoder(nn.Module):
         return torch.where(drop[:, None], self.null.to(mean.dtype), mean)
 
 
+class Observed(NamedTuple):
+    """What the network makes of an object before it looks at any motion; the same at every step of the sampler.
+
+    Attributes:
+        position: [B, V, 3, H, W]; mask: [B, V, 1, H, W].
+        fine: [B * V, channels, h, w] and detail: [B * V, channels, 2 h, 2 w], features of the pictures.
+        places: [B * V, 16, h / 2, w / 2] and coarse_places: [B * V, 16, h / 4, w / 4], where tokens lie.
+    """
+
+    position: Tensor
+    mask: Tensor
+    fine: Tensor
+    detail: Tensor
+    places: Tensor
+    coarse_places: Tensor
+
+
 class MotionUNet(nn.Module):
     """Predicts the clean motion latent of all views from a noisy one."""
 
@@ -207,13 +225,26 @@ class MotionUNet(nn.Module):
         self.norm_detail = nn.GroupNorm(8, config.detail)
         self.out_detail = zero(nn.Conv2d(config.detail, config.latent * quarter, 1))
 
+    def observe(self, condition: Tensor) -> Observed:
+        """[B, V, 8, H, W] from `maps.condition`; H = W = `config.grid`, which divides by 4 * `config.patch`."""
+        patch = self.config.patch
+        position, mask = condition[:, :, 4:7], condition[:, :, 7:]
+        codes = position_features(position.flatten(0, 1), mask.flatten(0, 1))
+        inputs = torch.cat([condition[:, :, :4].flatten(0, 1), codes, mask.flatten(0, 1)], 1)
+        places = F.avg_pool2d(inputs[:, 4:], 2 * patch)
+        places = torch.cat([places[:, :15] / places[:, 15:].clamp(min=0.05), places[:, 15:]], 1)
+        kind = torch.get_autocast_dtype(inputs.device.type) if torch.is_autocast_enabled(inputs.device.type) else inputs.dtype
+        inputs = inputs.to(kind, memory_format=torch.channels_last)
+        fine, detail = patches(inputs, self.condition_in, patch), patches(inputs, self.condition_in_detail, patch // 2)
+        return Observed(position, mask, fine, detail, places, F.avg_pool2d(places, 2))
+
     def forward(
-        self, noisy: Tensor, condition: Tensor, noise_level: Tensor, tokens: Tensor, drop: Tensor | None = None
+        self, noisy: Tensor, condition: Tensor | Observed, noise_level: Tensor, tokens: Tensor, drop: Tensor | None = None
     ) -> Tensor:
         """
         Args:
             noisy: [B, V, latent, H, W].
-            condition: [B, V, 8, H, W] from `maps.condition`; H = W = `config.grid`, which divides by 4 * `config.patch`.
+            condition: of `observe`, or what `observe` made of it.
             noise_level: [B] in 0..1.
             tokens: [B, MAX_TOKENS] int64.
             drop: [B] bool, samples to be denoised without their sentence.
@@ -221,31 +252,25 @@ class MotionUNet(nn.Module):
         Returns:
             the clean latent, [B, V, latent, H, W]; meaningless where the mask is 0.
         """
+        observed = self.observe(condition) if isinstance(condition, Tensor) else condition
+        places, coarse_places = observed.places, observed.coarse_places
         batch, views, _, height, width = noisy.shape
         patch = self.config.patch
         drop = torch.zeros(batch, dtype=torch.bool) if drop is None else drop
         frequencies = torch.exp(torch.arange(32) * (-math.log(1000) / 31)).to(noisy.device)
         angles = noise_level[:, None] * 1000 * frequencies
         snr = log_snr(noise_level, width)
-        look, about = self.parts.look(noisy, condition[:, :, 4:7], condition[:, :, 7:], snr, patch // 2)
+        look, about = self.parts.look(noisy, observed.position, observed.mask, snr, patch // 2)
         embedding = self.level_in(torch.cat([angles.sin(), angles.cos()], -1)) + self.text_in(self.text(tokens, drop)) + about
         embedding = self.embedding_out(embedding[:, None] + self.view[None, :views])
         embedding = F.rms_norm(embedding, embedding.shape[-1:])
         mean_embedding, embedding = embedding.mean(1), embedding.flatten(0, 1)
-        condition = condition.flatten(0, 1)  # [B * V, 8, H, W]
-        mask = condition[:, 7:]
         scale = (torch.sigmoid(snr) + torch.sigmoid(-snr) * (BASE_GRID / width) ** 2) ** -0.5  # 1 at the base grid
-        scale = mask * scale.repeat_interleave(views)[:, None, None, None]
-        codes = position_features(condition[:, 4:7], mask)
-        inputs = torch.cat([condition[:, :4], codes, mask], 1)
-        places = F.avg_pool2d(inputs[:, 4:], 2 * patch)  # [B * V, 16, H / 4, W / 4]
-        places = torch.cat([places[:, :15] / places[:, 15:].clamp(min=0.05), places[:, 15:]], 1)
-        coarse_places = F.avg_pool2d(places, 2)
+        scale = observed.mask.flatten(0, 1) * scale.repeat_interleave(views)[:, None, None, None]
         kind = torch.get_autocast_dtype(noisy.device.type) if torch.is_autocast_enabled(noisy.device.type) else noisy.dtype
         # Of unit variance after averaging to the base grid; noise where nothing is seen would only distract.
         noisy = noisy.flatten(0, 1).to(kind, memory_format=torch.channels_last) * scale.to(kind)
-        inputs = inputs.to(kind, memory_format=torch.channels_last)
-        h = (patches(noisy, self.latent_in, patch) + patches(inputs, self.condition_in, patch)).contiguous()
+        h = (patches(noisy, self.latent_in, patch) + observed.fine).contiguous()
         fine = h = self.fine_down(h, embedding)
         middle = h = self.middle_down(self.to_middle(h), embedding)
         h = self.coarse_blocks[0](self.to_coarse(h), embedding)
@@ -260,10 +285,10 @@ class MotionUNet(nn.Module):
             h = block(h, embedding)
         h = F.silu(self.norm(h))
         cell = patch // 2
-        seen = patches(noisy, self.latent_in_detail, cell) + patches(inputs, self.condition_in_detail, cell)
-        detail = F.pixel_shuffle(self.from_fine(h), 2) + seen.contiguous()
+        seen = (patches(noisy, self.latent_in_detail, cell) + observed.detail).contiguous()
+        detail = F.pixel_shuffle(self.from_fine(h), 2) + seen
         detail = F.silu(self.norm_detail(self.detail(detail, embedding)))
-        out = pixels(h, self.out, patch) + turned(self.affine(h), condition[:, 4:7] * mask)
+        out = pixels(h, self.out, patch) + turned(self.affine(h), (observed.position * observed.mask).flatten(0, 1))
         out = out + pixels(detail, self.out_detail, cell)
         return out.unflatten(0, (batch, views)) + self.parts(look, mean_embedding, detail, h, pooled)
 
