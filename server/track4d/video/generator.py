@@ -211,6 +211,7 @@ class MotionGenerator:
             return self.network(noisy, seen, level, tokens)
         return guided(*self.predictions(noisy, seen, level, tokens), guidance)
 
+    @torch.no_grad()
     def sample(
         self, seen: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor, steps: int, guidance: float, on_step=None
     ) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DOUBTED = 3.0  # standard deviations of the noise up to which a fit's coefficient says nothing
+REACH = 4.0  # of the network's own maps: a turn's are several times as large as what its layers are used to
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -46,7 +48,7 @@ def affine_fits(noisy: Tensor, functions: Tensor, shares: Tensor, snr: Tensor) -
     white = torch.linalg.solve_triangular(root, moments, upper=False)  # noise of unit variance, or less
     # What may well be noise is left out (Breiman 1995, the non-negative garrote), the rest is filtered as Wiener would a
     # latent of unit variance.
-    trusted = white * (1 - 9 * noise / white.square().clamp(min=1e-12)).clamp(min=0)
+    trusted = white * (1 - DOUBTED**2 * noise / white.square().clamp(min=1e-12)).clamp(min=0)
     fits = torch.linalg.solve_triangular(root.mT, trusted / pixels.sqrt(), upper=True)
     fits = fits * signal.sqrt() * pixels / (signal * pixels + noise)
     white = white * (signal * pixels + noise) ** -0.5
@@ -106,14 +108,14 @@ class PartMotion(nn.Module):
             functions = torch.cat([position, torch.ones_like(mask)], 2) * mask
             rows, places = cells(noisy.float() * mask, cell), cells(functions, cell)
             fits, facts = affine_fits(rows, places, torch.ones_like(places[..., :1]), snr)
-        far = 9.0 * (1 - mask)
+        far = 9.0 * (1 - mask)  # beyond every box
         box = (position + far).amin((1, 3, 4)), (position - far).amax((1, 3, 4))
         return Look(functions, rows, snr, fits, facts), self.to_embedding(torch.cat([facts[:, 0], *box], 1))
 
     def forward(self, look: Look, embedding: Tensor, detail: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
         """
         Args:
-            embedding: [B, E].
+            look: of `look`; embedding: [B, E].
             detail: [B * V, channels, 2 h, 2 w], from which shares are read; fine: [B * V, channels, h, w]; coarse: [B, channels].
 
         Returns:
@@ -134,7 +136,7 @@ class PartMotion(nn.Module):
         about = torch.cat([embedding, coarse], 1)[:, None].expand(-1, len(facts[0]), -1)
         h = F.silu(self.inside(torch.cat([facts, about, pooled], 2)))
         maps, trust = self.out(F.silu(self.between(h))).split([4 * self.latent, self.latent], 2)
-        maps = 4 * maps.unflatten(2, (4, self.latent)) + trust[:, :, None] * fits  # [B, 1 + K, 4, C]
+        maps = REACH * maps.unflatten(2, (4, self.latent)) + trust[:, :, None] * fits  # [B, 1 + K, 4, C]
         places = functions.permute(0, 1, 3, 4, 2)  # [B, V, H, W, 4]
         large = F.interpolate(shares, scale_factor=float(side), mode="nearest")
         large = large.unflatten(0, (batch, views)).permute(0, 1, 3, 4, 2)
