@@ -42,11 +42,24 @@ def test_the_network_doubts_a_motion_under_another_sentence(generator, dog):
     """What `generate` chooses its answer by: true motions are likelier under their own sentence than under another."""
     grid, names = generator.network.config.grid, ("running", "nodding", "bouncing", "spinning")
     batch = torch.tensor([tokenise(f"the dog is {name}") for name in names])
-    seen = generator.observe(*dog, VIEWMATS, KS)[0].expand(len(names), -1, -1, -1, -1)
-    noise = torch.randn(len(names), 4, generator.network.config.latent, grid, grid, generator=torch.Generator().manual_seed(3))
-    latents = generator.sample(seen, batch, noise, 4, 1.0)
-    doubts = torch.stack([generator.doubt(latents, seen, batch.roll(turn, 0)) for turn in range(len(names))])
+    seen = generator.observe(*dog, VIEWMATS, KS)[0]
+    noise = torch.randn(len(names), 1, 4, generator.network.config.latent, grid, grid, generator=torch.Generator().manual_seed(3))
+    latents = torch.stack([generator.sample(seen, batch[k : k + 1], noise[k], 4, 1.0) for k in range(len(names))])
+    observed = generator.network.observe(seen).repeated(len(names))
+    doubts = torch.stack([generator.doubt(latents, observed, batch.roll(turn, 0)) for turn in range(len(names))])
     assert (doubts[0] < doubts[1:]).float().mean() > 0.9
+
+
+def test_only_the_likeliest_of_four_is_finished(generator, dog, monkeypatch):
+    doubts, sizes = [], []
+    doubt, hook = generator.doubt, generator.network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(generator, "doubt", lambda *given: doubts.append(doubt(*given)) or doubts[-1])
+    chosen = generate(generator, dog, guidance=1.0)
+    hook.remove()
+    assert sizes == [4, 4, 4, 4, 1]  # levels 1, .75 and .5, the choice, and .25
+    assert doubts[0].shape == (4,) and doubts[0].std() > 0
+    monkeypatch.setattr(generator, "doubt", lambda *given: -doubt(*given))
+    assert np.abs(generate(generator, dog, guidance=1.0).tracks - chosen.tracks).max() > 1e-4
 
 
 def test_guidance_keeps_to_its_interval(generator, dog, monkeypatch):

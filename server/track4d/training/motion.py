@@ -194,11 +194,13 @@ def train(
         save_weights(weights, average, config, asdict(settings) | {"step": step, "real_meshes": len(real)})
 
     losses: list[tuple[float, float]] = []
+    threads = torch.get_num_threads()
     try:
         while step < settings.steps:
             report("train", step, settings.steps)
             seed = settings.seed + 7919 * rank
             batch = make_batch(seed, step, settings.batch // ranks, real, config.grid)
+            torch.set_num_threads(threads)  # Numba, where it starts its threads, gives OpenMP all cores: five times as slow
             loss, seen = diffusion_loss(network, batch, torch.Generator().manual_seed(seed * 1_000_003 + step))
             network.zero_grad()
             loss.backward()

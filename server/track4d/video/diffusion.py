@@ -62,7 +62,11 @@ def mix(latent: Tensor, noise: Tensor, snr: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, on_step: Callable[[int], None] | None = None
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    steps: int,
+    on_step: Callable[[int], None] | None = None,
+    narrow: Callable[[Tensor, float], Tensor | slice] = lambda clean, level: slice(None),
 ) -> Tensor:
     """Deterministic DDIM from pure noise (Song et al. 2021).
 
@@ -71,6 +75,7 @@ def sample(
         noise: [B, ..., R, R] standard normal.
         steps: evaluations of the network.
         on_step: called with the number of steps done before each step; may raise.
+        narrow: (predicted clean latents, noise level) to the indices of those to go on with, after each evaluation.
     """
     latent, clean = noise, noise
     levels = torch.linspace(1, 0, steps + 1)
@@ -78,6 +83,8 @@ def sample(
         if on_step is not None:
             on_step(k)
         clean = denoise(latent, levels[k].expand(len(latent)))
+        kept = narrow(clean, float(levels[k]))
+        latent, clean = latent[kept], clean[kept]
         now, then = log_snr(levels[k], noise.shape[-1]), log_snr(levels[k + 1], noise.shape[-1])
         residual = (latent - torch.sigmoid(now).sqrt() * clean) / torch.sigmoid(-now).sqrt()
         latent = torch.sigmoid(then).sqrt() * clean + torch.sigmoid(-then).sqrt() * residual

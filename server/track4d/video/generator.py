@@ -31,7 +31,8 @@ GUIDANCE = 1.5  # classifier-free guidance: 1 is without, and half the work; mor
 GUIDED_BELOW = 0.9  # noise level
 GUIDED_ABOVE = 0.1  # noise level; where steps are few, the last one at least
 STEPS = 8  # more are no better: what a sentence asks of a mesh leaves little to chance (weights/motion.md)
-CANDIDATES = 4  # drawn for every answer, of which the likeliest is given
+CANDIDATES = 4  # begun for every answer, of which the likeliest is finished
+CHOSEN_BELOW = 0.5  # noise level; what kind of motion it becomes is decided before
 DOUBT_LEVEL = 0.85  # noise level at which candidates are compared: where the kind of motion is decided
 
 
@@ -131,9 +132,8 @@ class MotionGenerator:
         seen, maps, coverage = self.observe(mesh, views, viewmats, Ks)
         shape = (CANDIDATES, len(views), self.network.config.latent, grid, grid)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        seen, tokens = seen.expand(CANDIDATES, -1, -1, -1, -1), torch.tensor([text.read(prompt)] * CANDIDATES)
-        latents = self.sample(seen, tokens, noise, steps, guidance, lambda step: report("generate", step, steps))
-        latent = latents[self.doubt(latents, seen, tokens).argmin()]
+        tokens = torch.tensor([text.read(prompt)])
+        latent = self.sample(seen, tokens, noise, steps, guidance, lambda step: report("generate", step, steps))
         report("generate", steps, steps)
         coefficients = latent.numpy().reshape(len(views), COEFFICIENTS, 3, grid, grid) / LATENT_SCALE
         mask = coverage > 0
@@ -173,21 +173,21 @@ class MotionGenerator:
         return self.network(noisy, seen, noise_level, tokens), self.network(noisy, seen, noise_level, tokens, free)
 
     @torch.no_grad()
-    def doubt(self, latents: torch.Tensor, seen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def doubt(self, latents: torch.Tensor, seen: Observed, tokens: torch.Tensor) -> torch.Tensor:
         """How badly the network explains each motion, given the object and the sentence: its training loss there, [B].
 
         A bound on the likelihood (Ho et al. 2020, Eq. 5) at a single noise level, with the same noise for all.
 
         Args:
             latents: [B, V, 3 K, R, R] clean.
-            seen: [B, V, 8, R, R] from `observe`.
+            seen: what the network has made of B objects.
             tokens: [B, MAX_TOKENS] int64.
         """
-        mask = seen[:, :, 7:] > 0
         noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).expand_as(latents)
         level = torch.full((len(latents),), DOUBT_LEVEL)
         clean = self.network(add_noise(latents, noise, level), seen, level, tokens)
-        return ((clean - latents) * mask).flatten(1).square().sum(1) / (latents * mask).flatten(1).norm(dim=1).clamp(min=1e-6)
+        wrong, size = ((part * seen.mask).flatten(1).square().sum(1) for part in (clean - latents, latents))
+        return wrong / size.sqrt().clamp(min=1e-6)
 
     def denoise(
         self, noisy: torch.Tensor, noise_level: float, prompt: str, seen: torch.Tensor, guidance: float = 1.0
@@ -215,15 +215,30 @@ class MotionGenerator:
     def sample(
         self, seen: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor, steps: int, guidance: float, on_step=None
     ) -> torch.Tensor:
-        """Latents [B, V, 3 K, R, R] for conditions [B, V, 8, R, R] and sentences [B, MAX_TOKENS]."""
-        observed = self.network.observe(seen)
+        """The likeliest of B motions of one object.
+
+        Args:
+            seen: [1, V, 8, R, R] from `observe`; tokens: [1, MAX_TOKENS] int64.
+            noise: [B, V, 3 K, R, R], with which they begin.
+
+        Returns:
+            [V, 3 K, R, R] clean.
+        """
+        one = self.network.observe(seen)
+        observed = {len(noise): one.repeated(len(noise)), 1: one}
 
         def clean(latent: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            mine = observed[len(latent)], level, tokens.expand(len(latent), -1)
             if guidance == 1 or not max(GUIDED_ABOVE, 1.5 / steps) <= float(level[0]) <= GUIDED_BELOW:
-                return self.network(latent, observed, level, tokens)
-            return guided(*self.predictions(latent, observed, level, tokens), guidance)
+                return self.network(latent, *mine)
+            return guided(*self.predictions(latent, *mine), guidance)
 
-        return sample(clean, noise, steps, on_step)
+        def likeliest(latents: torch.Tensor, level: float) -> torch.Tensor | slice:
+            if len(latents) == 1 or level > max(CHOSEN_BELOW, 1 / steps):
+                return slice(None)
+            return self.doubt(latents, observed[len(latents)], tokens.expand(len(latents), -1)).argmin(0, keepdim=True)
+
+        return sample(clean, noise, steps, on_step, likeliest)[0]
 
 
 def encode_tracks(tracks: torch.Tensor, seen_by: scipy.sparse.csr_array, views: int) -> torch.Tensor:

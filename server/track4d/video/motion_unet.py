@@ -187,6 +187,10 @@ class Observed(NamedTuple):
     places: Tensor
     coarse_places: Tensor
 
+    def repeated(self, count: int) -> Observed:
+        """One object, before so many motions of it."""
+        return Observed(*(part.repeat(count, *[1] * (part.ndim - 1)) for part in self))
+
 
 class MotionUNet(nn.Module):
     """Predicts the clean motion latent of all views from a noisy one."""
