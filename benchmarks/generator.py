@@ -14,7 +14,7 @@ import torch
 from track4d.training.data import motion_coefficients
 from track4d.training.judge import SIZE, Trial, judge, make_trial, run_trial, video
 from track4d.video.diffusion import BASIS_FRAMES, frame_times, temporal_basis
-from track4d.video.generator import GUIDANCE, MotionGenerator
+from track4d.video.generator import MotionGenerator
 from track4d.video.text import VERB_NAMES
 
 
@@ -50,7 +50,7 @@ def main() -> None:
                         help="asked for; all are answers, but in the second column")
     parser.add_argument("--objects", type=int, default=0, help="seed of the held-out objects; settings were chosen on 0 and 2")
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--guidance", type=float)
     parser.add_argument("--steps", type=int, nargs="+", default=[25, 8])
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--view", type=int, default=1, help="of the sheet, 0..3")

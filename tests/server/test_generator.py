@@ -62,6 +62,13 @@ def test_only_the_likeliest_of_four_is_finished(generator, dog, monkeypatch):
     assert np.abs(generate(generator, dog, guidance=1.0).tracks - chosen.tracks).max() > 1e-4
 
 
+def test_real_motions_take_more_guidance(generator, dog):
+    natural, plain = "the dog is running", "the dog is running plainly"
+    assert np.array_equal(generate(generator, dog, natural).tracks, generate(generator, dog, natural, guidance=3.0).tracks)
+    assert np.array_equal(generate(generator, dog, plain).tracks, generate(generator, dog, plain, guidance=1.5).tracks)
+    assert not np.array_equal(generate(generator, dog, natural).tracks, generate(generator, dog, natural, guidance=1.5).tracks)
+
+
 def test_guidance_keeps_to_its_interval(generator, dog, monkeypatch):
     levels, predictions = [], generator.predictions
     monkeypatch.setattr(generator, "predictions", lambda *given: levels.append(float(given[2][0])) or predictions(*given))

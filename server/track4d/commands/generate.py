@@ -107,13 +107,12 @@ def of_motion(path: Path, prompt: str, front: str, frames: int, steps: int, guid
               report: Report) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The video [V, F, S, S, 4] of a mesh that the shipped generator moves, and its cameras."""
     from ..pipeline import shipped_generator, stepped_back, word_warnings
-    from ..video.generator import GUIDANCE, decode_video
+    from ..video.generator import decode_video
 
     mesh, pictures, viewmats, Ks = captured(path, front)
     generator = shipped_generator()
     note(word_warnings(generator, prompt))
-    motion = generator.generate(mesh, pictures, viewmats, Ks, prompt, frames, steps, GUIDANCE if guidance is None else guidance,
-                                seed, report)
+    motion = generator.generate(mesh, pictures, viewmats, Ks, prompt, frames, steps, guidance, seed, report)
     filming = stepped_back(viewmats, motion.tracks)
     return decode_video(mesh, motion.tracks, filming, Ks, CAPTURE), filming, Ks
 

@@ -11,7 +11,7 @@ from track4d_protocol import space
 from ..geometry import zbuffer
 from ..geometry.mesh import Mesh
 from ..video.diffusion import BASIS_FRAMES, frame_times
-from ..video.generator import GUIDANCE, STEPS, MotionGenerator
+from ..video.generator import STEPS, MotionGenerator
 from ..video.text import VERBS
 from .actions import SIDED, draw_action, suits
 from .objects import ProceduralObject, make_object
@@ -113,7 +113,7 @@ def judge(trial: Trial, tracks: np.ndarray, seconds: float = 0.0) -> Score:
 
 
 def run_trial(
-    generator: MotionGenerator, trial: Trial, samples: int, steps: int = STEPS, guidance: float = GUIDANCE
+    generator: MotionGenerator, trial: Trial, samples: int, steps: int = STEPS, guidance: float | None = None
 ) -> list[tuple[Score, np.ndarray]]:
     """Scores and tracks of `samples` seeds."""
     results = []

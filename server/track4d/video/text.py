@@ -221,6 +221,11 @@ def read(prompt: str) -> list[int]:
     return tokenise(in_manner(prompt))
 
 
+def is_natural(prompt: str) -> bool:
+    """Whether the generator takes a user's sentence in the manner of real clips."""
+    return _TOKEN_ID[NATURALLY] in read(prompt)
+
+
 def count_tokens(prompt: str) -> int:
     """How many tokens a sentence has, those that `tokenise` leaves out beyond `MAX_TOKENS` too."""
     return sum(any(tokenise(word)) for word in prompt.split())
