@@ -410,6 +410,7 @@ class Registration:
         """
         nodes, count, unit = self.nodes, len(self.nodes.rest), self.footage.unit
         tails, heads = nodes.edges.T
+        slots, bridges = self.slot[nodes.edges], nodes.bridges
         for _ in range(steps or self.steps):
             arms, points = self._arms_and_points(pose)
             information, pull = np.zeros((len(points), 3, 3)), np.zeros((len(points), 3))
@@ -436,19 +437,21 @@ class Registration:
             weights = self.stiffness * rigidity * nodes.stiffness
             if places is None:
                 strain = (residuals**2).sum(1) / np.maximum((nodes.offsets**2).sum(1), 1e-12)
-                weights = weights * np.where(self.nodes.bridges, 1, np.maximum(
+                weights = weights * np.where(bridges, 1, np.maximum(
                     (STRAIN**2 / (STRAIN**2 + strain)) ** 2, LEAST_STIFFNESS))
-            add_edges(band, gradient, self.slot[tails], self.slot[heads], spokes, residuals, weights)
-            step = self._sane_step(band, gradient)
+            for some in ~bridges, bridges:
+                scale = band[:, 0].copy()  # in the end that of all but the bridges: two pieces that are glued move as freely as one
+                add_edges(band, gradient, slots[some, 0], slots[some, 1], spokes[some], residuals[some], weights[some])
+            step = self._sane_step(band, gradient, scale)
             if step is None:
                 break
             pose = Pose(Rotation.from_rotvec(step[:, :3]).as_matrix() @ pose.rotations, pose.positions + step[:, 3:])
         return pose
 
-    def _sane_step(self, band: np.ndarray, gradient: np.ndarray) -> np.ndarray | None:
+    def _sane_step(self, band: np.ndarray, gradient: np.ndarray, scale: np.ndarray) -> np.ndarray | None:
         """Turns and shifts [K, 6] of the nodes; damped more as long as they throw nodes about, None if nothing helps."""
         for damping in DAMPING:
-            step = solve_band(band, gradient, damping).reshape(-1, 6)[self.slot]
+            step = solve_band(band, gradient, damping, scale).reshape(-1, 6)[self.slot]
             step /= max(1.0, float(np.linalg.norm(step[:, :3], axis=1).max()) / LARGEST_TURN)
             if np.linalg.norm(step[:, 3:], axis=1).max() < LARGEST_SHIFT:  # not if any is nan
                 return step
