@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from track4d.geometry.mesh import Mesh, weld
 from track4d.motion.appearance import estimate_shading
 from track4d.motion.fit import Tracks3D, _recall, check_memory, fit_motion
@@ -103,20 +104,19 @@ def test_pieces_with_nodes_share_none():
 
 def test_pieces_that_touch_swing_together():
     """A flower sways: petals that have nodes of their own are glued to it and to each other, and keep up with it."""
+
+    def turned(vertices: np.ndarray, angle: float) -> np.ndarray:
+        return vertices @ Rotation.from_rotvec([angle, 0, 0]).as_matrix().astype(np.float32)
+
     stalk, petals = capsule(), []
     for angle in np.linspace(0, 2 * np.pi, 8, endpoint=False):
-        petal, (c, s) = capsule(10, 10, 0.3, 0.1), (np.cos(angle), np.sin(angle))
-        petal.vertices = (petal.vertices + np.array([0, 0, 0.38], np.float32)) @ np.array([[1, 0, 0], [0, c, s], [0, -s, c]], np.float32)
-        petal.vertices[:, 2] += 0.45
-        petal.vertices[:, 0] += 0.2
+        petal = capsule(10, 10, 0.3, 0.1)
+        petal.vertices = turned(petal.vertices + np.array([0, 0, 0.38], np.float32), angle) + np.array([0.2, 0, 0.45], np.float32)
         petals.append(petal)
     mesh = joined(stalk, *petals)
     mesh.vertices *= np.float32(0.7)
-    foot, truth = np.array([0, 0, -0.7], np.float32), []
-    for angle in (0, 0.25, 0.5, 0.25, -0.2, -0.5):
-        c, s = np.cos(angle), np.sin(angle)
-        truth.append((mesh.vertices - foot) @ np.array([[1, 0, 0], [0, c, s], [0, -s, c]], np.float32) + foot)
-    truth = np.stack(truth).astype(np.float32)
+    foot = np.array([0, 0, -0.7], np.float32)
+    truth = np.stack([turned(mesh.vertices - foot, angle) + foot for angle in (0, 0.25, 0.5, 0.25, -0.2, -0.5)])
     tracks = Tracks3D(truth, np.ones(len(mesh.vertices), np.float32))
     field = fit_motion(mesh, film(mesh, truth), VIEWMATS, KS, tracks=tracks, preset=replace(TINY, nodes=200))
     assert np.linalg.norm(field.vertices - truth, axis=2).max() < 0.03

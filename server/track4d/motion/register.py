@@ -440,7 +440,7 @@ class Registration:
                 weights = weights * np.where(bridges, 1, np.maximum(
                     (STRAIN**2 / (STRAIN**2 + strain)) ** 2, LEAST_STIFFNESS))
             for some in ~bridges, bridges:
-                scale = band[:, 0].copy()  # in the end that of all but the bridges: two pieces that are glued move as freely as one
+                scale = band[:, 0].copy()  # in the end of all but the bridges: glued pieces move as freely as one
                 add_edges(band, gradient, slots[some, 0], slots[some, 1], spokes[some], residuals[some], weights[some])
             step = self._sane_step(band, gradient, scale)
             if step is None:
