@@ -143,14 +143,16 @@ def add_edges(band, gradient, tails, heads, spokes, residuals, weights):
                                                                 + rows[u, 2] * rows[w, 2])
 
 
-def solve_band(band: np.ndarray, gradient: np.ndarray, damping: float = 1e-3, scale: np.ndarray | None = None) -> np.ndarray:
-    """The step -(H + damping D)^-1 g; H is `band` [n, width], g is [n]. All nan where that is not positive definite.
+def solve_band(band: np.ndarray, gradient: np.ndarray, damping: float, scale: np.ndarray) -> np.ndarray:
+    """The step -(H + damping D)^-1 g; H is `band` [n, width], D is diagonal, `scale` [n], and g is [n].
 
-    D is the diagonal of H, or `scale` [n] in its place: what joins unknowns stiffly should not keep them from moving together.
+    All nan where that is not positive definite. Levenberg and Marquardt's D is the diagonal of H; without its stiff joints, what
+    they join may move together freely.
+
     Solved in single precision: the next step corrects what that leaves.
     """
     damped = band.astype(np.float32)
-    damped[:, 0] += damping * (1 + (damped[:, 0] if scale is None else scale)) + 1e-6
+    damped[:, 0] += damping * (1 + scale) + 1e-6
     try:
         step = scipy.linalg.solveh_banded(damped.T, gradient.astype(np.float32), overwrite_ab=True, overwrite_b=True, lower=True,
                                           check_finite=False)

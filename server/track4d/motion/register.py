@@ -440,9 +440,10 @@ class Registration:
                 weights = weights * np.where(bridges, 1, np.maximum(
                     (STRAIN**2 / (STRAIN**2 + strain)) ** 2, LEAST_STIFFNESS))
             for some in ~bridges, bridges:
-                scale = band[:, 0].copy()  # in the end of all but the bridges: glued pieces move as freely as one
+                scale = band[:, 0].copy()  # in the end of all but the bridges
                 add_edges(band, gradient, slots[some, 0], slots[some, 1], spokes[some], residuals[some], weights[some])
-            step = self._sane_step(band, gradient, scale)
+            # Glued pieces keep up with tracks, as one would. After a video they move slowly: its coarse matches are often wrong.
+            step = self._sane_step(band, gradient, scale if places is not None else band[:, 0])
             if step is None:
                 break
             pose = Pose(Rotation.from_rotvec(step[:, :3]).as_matrix() @ pose.rotations, pose.positions + step[:, 3:])
