@@ -152,7 +152,7 @@ def solve_band(band: np.ndarray, gradient: np.ndarray, damping: float, scale: np
     Solved in single precision: the next step corrects what that leaves.
     """
     damped = band.astype(np.float32)
-    damped[:, 0] += damping * (1 + scale) + 1e-6
+    damped[:, 0] += damping * (1 + scale.astype(np.float32)) + 1e-6
     try:
         step = scipy.linalg.solveh_banded(damped.T, gradient.astype(np.float32), overwrite_ab=True, overwrite_b=True, lower=True,
                                           check_finite=False)
