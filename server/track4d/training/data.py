@@ -22,7 +22,7 @@ from .clips import ClipObject, draw_clip
 from .objects import ProceduralObject, make_object
 from .verbs import Action, animate
 
-REAL_SHARE = 0.5
+REAL_SHARE = 0.4
 ACTIONS_PER_OBJECT = 4  # making and drawing an object costs more than moving it
 _BASIS = temporal_basis(frame_times(BASIS_FRAMES)).numpy()  # [16, K]
 NOMINAL_SHARE = 0.4  # of the objects are seen by the capture's own cameras, the others by cameras near them
@@ -112,8 +112,8 @@ def make_batch(seed: int, step: int, size: int, real: list[ClipObject] | None = 
 
     for _ in range(size // ACTIONS_PER_OBJECT):
         if real and rng.random() < REAL_SHARE:
-            mesh = real[int(rng.integers(len(real)))]  # doing several things: what the sentence changes stands out
             for _ in range(ACTIONS_PER_OBJECT):
+                mesh = real[int(rng.integers(len(real)))]
                 trajectory, colors, prompt = draw_clip(rng, mesh, times)
                 add(trajectory[0], mesh.faces, colors, [trajectory], [prompt])
         else:
