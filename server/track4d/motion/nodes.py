@@ -21,7 +21,7 @@ from ..geometry.proxy import build_proxy
 BLENDED = 4  # nodes per vertex
 NEIGHBOURS = 6  # edges per node in the node graph
 LONG_EDGE = 4.0  # node spacings: longer edges are split, so that large triangles can carry nodes and bridges
-GLUE = 3e4  # stiffness of a bridge between pieces relative to an edge: pictures don't tear it, and it moves slowly when damped
+GLUE = 3e4  # stiffness of a bridge between pieces relative to an edge: pictures don't tear it, and hardly move it when damped
 LARGEST_SURFACE = 20_000  # vertices; larger surfaces are represented by a decimated one
 
 

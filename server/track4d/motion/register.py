@@ -439,18 +439,22 @@ class Registration:
                 strain = (residuals**2).sum(1) / np.maximum((nodes.offsets**2).sum(1), 1e-12)
                 weights = weights * np.where(bridges, 1, np.maximum(
                     (STRAIN**2 / (STRAIN**2 + strain)) ** 2, LEAST_STIFFNESS))
-            for some in ~bridges, bridges:
-                scale = band[:, 0].copy()  # in the end of all but the bridges
-                add_edges(band, gradient, slots[some, 0], slots[some, 1], spokes[some], residuals[some], weights[some])
+            own = ~bridges
+            add_edges(band, gradient, slots[own, 0], slots[own, 1], spokes[own], residuals[own], weights[own])
+            unglued = band[:, 0].copy()
+            add_edges(band, gradient, slots[bridges, 0], slots[bridges, 1], spokes[bridges], residuals[bridges], weights[bridges])
             # Glued pieces keep up with tracks, as one would. After a video they move slowly: its coarse matches are often wrong.
-            step = self._sane_step(band, gradient, scale if places is not None else band[:, 0])
+            step = self._sane_step(band, gradient, band[:, 0] if places is None else unglued)
             if step is None:
                 break
             pose = Pose(Rotation.from_rotvec(step[:, :3]).as_matrix() @ pose.rotations, pose.positions + step[:, 3:])
         return pose
 
     def _sane_step(self, band: np.ndarray, gradient: np.ndarray, scale: np.ndarray) -> np.ndarray | None:
-        """Turns and shifts [K, 6] of the nodes; damped more as long as they throw nodes about, None if nothing helps."""
+        """Turns and shifts [K, 6] of the nodes; damped more as long as they throw nodes about, None if nothing helps.
+
+        Args: `scale` [6 K] of the damping, as `solve_band` has it.
+        """
         for damping in DAMPING:
             step = solve_band(band, gradient, damping, scale).reshape(-1, 6)[self.slot]
             step /= max(1.0, float(np.linalg.norm(step[:, :3], axis=1).max()) / LARGEST_TURN)
