@@ -147,15 +147,40 @@ def test_adverbs_scale_the_motion(generator, dog):
     assert size("the dog bounces strongly") > 1.3 * size("the dog bounces slightly")
 
 
-def test_lifting_gives_back_a_known_field():
-    """Every pixel says where its surface point is; so must every vertex, hidden ones nearly."""
+@pytest.fixture(scope="module")
+def drawn() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A body's vertices, and the places and coverage of the pixels that see it."""
     thing = make_object(np.random.default_rng(11), "quadruped")
-    Ks = space.intrinsics(64, 4)
-    maps, coverage = surface_maps(thing.vertices, thing.faces, thing.vertices, VIEWMATS, Ks, 64)
-    lifted, confidence = lift(thing.vertices, maps.transpose(0, 3, 1, 2)[:, None], maps, coverage, VIEWMATS, Ks)
-    error = np.linalg.norm(lifted[:, 0] - thing.vertices, axis=-1)
-    assert 0.3 < (confidence > 0).mean() <= 1
-    assert error[confidence > 0.5].mean() < 0.03 and error.mean() < 0.06
+    return thing.vertices, *surface_maps(thing.vertices, thing.faces, thing.vertices, VIEWMATS, space.intrinsics(64, 4), 64)
+
+
+def test_what_moves_as_one_piece_is_lifted_as_it_is(drawn):
+    vertices, maps, coverage = drawn
+    turn = np.array([[-2, 0.3, 0], [-0.3, -2, 0], [0, 0.5, 0.1]], np.float32)
+    fields = (maps @ turn.T + 0.2).transpose(0, 3, 1, 2)[:, None]
+    lifted, confidence = lift(vertices, fields, maps, coverage)
+    assert np.abs(lifted[:, 0] - vertices @ turn.T - 0.2).max() < 0.02
+    assert 0.8 < (confidence > 0).mean() <= 1
+
+
+def test_what_bends_is_lifted_nearly_as_it_is(drawn):
+    vertices, maps, coverage = drawn
+
+    def bent(places):
+        return np.sin(1.5 * places) + np.cos(places[..., ::-1])
+
+    lifted, confidence = lift(vertices, bent(maps).transpose(0, 3, 1, 2)[:, None], maps, coverage)
+    error = np.linalg.norm(lifted[:, 0] - bent(vertices), axis=-1)
+    assert error[confidence > 0.5].mean() < 0.012 and error.mean() < 0.02
+
+
+def test_a_few_pixels_are_enough_for_a_vertex(drawn):
+    vertices, maps, coverage = drawn
+    few = np.zeros_like(coverage)
+    few[0][np.unravel_index(np.argsort(coverage[0], None)[-3:], coverage[0].shape)] = 1
+    far = np.concatenate([vertices, [[50.0, 0, 0]]]).astype(np.float32)
+    lifted, confidence = lift(far, maps.transpose(0, 3, 1, 2)[:, None], maps, few)
+    assert np.isfinite(lifted).all() and confidence[-1] == 0
 
 
 def test_the_surface_operator_draws_the_same_maps(dog):

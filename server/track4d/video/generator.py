@@ -35,6 +35,11 @@ STEPS = 8  # more are no better: what a sentence asks of a mesh leaves little to
 CANDIDATES = 4  # begun for every answer, of which the likeliest is finished
 CHOSEN_BELOW = 0.5  # noise level; what kind of motion it becomes is decided before
 DOUBT_LEVEL = 0.85  # noise level at which candidates are compared: where the kind of motion is decided
+NEAREST = 24  # pixels of all views that a vertex takes its motion from
+FLAT = 0.01  # canonical: an object is taken for flat, and its motion for constant, in directions in which it is thinner
+LEVEL = 0.03  # canonical: the same of the pixels around a vertex
+FARTHEST = 0.1  # canonical, that the motion around a vertex is continued
+LIFTED_AT_ONCE = 16384  # vertices
 
 
 @dataclass
@@ -47,7 +52,7 @@ class GeneratedMotion:
         mask: [V, R, R] bool, pixels that see the object.
         tracks: [F, N, 3] float32 vertex positions, canonical; frame 0 is the rest pose; vertices in one place stay
             together.
-        confidence: [N] float32 in 0..1; 0 where no view sees the vertex.
+        confidence: [N] float32 in 0..1; 0 where no view sees the vertex or its neighbourhood.
     """
 
     displacement: np.ndarray
@@ -143,8 +148,7 @@ class MotionGenerator:
         coefficients *= mask[:, None, None]
         basis = temporal_basis(frame_times(frames)).numpy()  # [F, K]
         displacement = np.einsum("fk,vkchw->vfhwc", basis, coefficients).astype(np.float32)
-        Ks_grid = zbuffer.scale_intrinsics(Ks, grid / views.shape[1])
-        lifted, confidence = lift(mesh.vertices, coefficients, maps, coverage, viewmats, Ks_grid)
+        lifted, confidence = lift(mesh.vertices, coefficients, maps, coverage)
         tracks = mesh.vertices + np.einsum("fk,nkc->fnc", basis, lifted)
         return GeneratedMotion(displacement, mask, tracks.astype(np.float32), confidence)
 
@@ -266,82 +270,55 @@ def encode_tracks(tracks: torch.Tensor, seen_by: scipy.sparse.csr_array, views: 
 
 
 def lift(
-    vertices: np.ndarray,
-    fields: np.ndarray,
-    positions: np.ndarray,
-    coverage: np.ndarray,
-    viewmats: np.ndarray,
-    Ks: np.ndarray,
+    vertices: np.ndarray, fields: np.ndarray, positions: np.ndarray, coverage: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values of picture pixels, brought back to the vertices they show.
+    """Values of picture pixels, brought to the vertices of the surface they show.
 
-    A vertex takes the pixels around its projection whose surface point is the vertex's own place; hidden vertices take
-    the mean of the nearest seen ones.
+    What all pixels have in common, an affine map of their places, is taken as it is: a spin is exact. The rest comes from the
+    pixels around a vertex in all views by moving least squares (Levin 1998, The approximation power of moving least-squares),
+    so that it needn't lie where a pixel does, and hidden vertices go with the nearest seen surface.
 
     Args:
         vertices: [N, 3] canonical.
         fields: [V, K, 3, R, R] per pixel.
         positions: [V, R, R, 3] rest position behind each pixel; coverage: [V, R, R].
-        viewmats: [V, 4, 4]; Ks: [V, 3, 3] in pixels of the fields.
 
     Returns:
-        [N, K, 3] float32 and the confidence [N] in 0..1.
+        [N, K, 3] float32 and the confidence [N] in 0..1, 0 far from all that is seen.
     """
     first, inverse = weld(vertices)
-    places = vertices[first]  # [M, 3]
-    views, count, _, size, _ = fields.shape
-    uv, _ = zbuffer.project(places[None], viewmats, Ks)  # [1, V, M, 2]
-    total = np.zeros((len(places), count * 3), np.float32)
-    weight = np.zeros(len(places), np.float32)
-    for v in range(views):
-        covered = (coverage[v] > 0).astype(np.float32)[..., None]
-        known = fields[v].reshape(-1, size, size).transpose(1, 2, 0)
-        found = _bilinear(np.concatenate([covered, positions[v] * covered, known * covered], -1), uv[0, v])
-        share = found[:, :1]
-        values = found[:, 1:] / np.maximum(share, 1e-3)
-        distance = np.linalg.norm(values[:, :3] - places, axis=1)
-        near = np.where(share[:, 0] > 0.05, np.exp(-((distance / 0.07) ** 2)) * share[:, 0], 0)
-        total += near[:, None] * values[:, 3:]
-        weight += near
-    lifted = total / np.maximum(weight, 1e-9)[:, None]
-    confidence = np.clip(weight, 0, 1)
-    hidden = confidence < 0.1
-    confidence[hidden] = 0
-    if hidden.any():
-        lifted[hidden] = _fill(places, lifted, hidden, fields, positions, coverage)
-    return lifted.reshape(-1, count, 3)[inverse], confidence[inverse].astype(np.float32)
+    seen, count = coverage > 0, fields.shape[1]
+    if not seen.any():
+        return np.zeros((len(vertices), count, 3), np.float32), np.zeros(len(vertices), np.float32)
+    places, values = positions[seen], fields.transpose(0, 3, 4, 1, 2)[seen].reshape(int(seen.sum()), -1)
+    centre, mean = places.mean(0), values.mean(0)
+    spread = (places - centre).T
+    slopes = np.linalg.solve(spread @ spread.T / len(places) + FLAT**2 * np.eye(3), spread @ (values - mean) / len(places))
+    rest = values - mean - (places - centre) @ slopes
+    tree, wanted = cKDTree(places), vertices[first]
+    lifted, gaps = np.empty((len(wanted), values.shape[1]), np.float32), np.empty(len(wanted), np.float32)
+    for start in range(0, len(wanted), LIFTED_AT_ONCE):
+        some = slice(start, start + LIFTED_AT_ONCE)
+        distance, nearest = tree.query(wanted[some], k=np.arange(1, min(NEAREST, len(places)) + 1))
+        local = _moving_least_squares(wanted[some], places[nearest], rest[nearest], distance.astype(np.float32))
+        lifted[some] = mean + (wanted[some] - centre) @ slopes + local
+        gaps[some] = distance[:, 0]
+    confidence = np.exp(-((gaps / 0.05) ** 2))
+    confidence[confidence < 0.1] = 0
+    return lifted.reshape(-1, count, 3)[inverse], confidence[inverse]
 
 
-def _bilinear(picture: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Values [M, C] of a picture [H, W, C] at pixel positions [M, 2] (x, y; centres at +0.5); 0 outside."""
-    height, width = picture.shape[:2]
-    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)))
-    place = np.clip(pixels + 0.5, 0, (width + 0.999, height + 0.999))
-    corner = np.minimum(place.astype(np.int64), (width, height))
-    (u, v), (x, y) = (place - corner).T[..., None], corner.T
-    upper = padded[y, x] * (1 - u) + padded[y, x + 1] * u
-    lower = padded[y + 1, x] * (1 - u) + padded[y + 1, x + 1] * u
-    return (upper * (1 - v) + lower * v).astype(np.float32)
-
-
-def _fill(
-    places: np.ndarray,
-    lifted: np.ndarray,
-    hidden: np.ndarray,
-    fields: np.ndarray,
-    positions: np.ndarray,
-    coverage: np.ndarray,
-) -> np.ndarray:
-    """Values of hidden places: a Gaussian mean of the nearest known surface points, pixels and seen vertices alike."""
-    pixels = coverage > 0
-    known = np.concatenate([places[~hidden], positions[pixels]])
-    if len(known) == 0:
-        return np.zeros((int(hidden.sum()), lifted.shape[1]), np.float32)
-    values = np.concatenate([lifted[~hidden], fields.transpose(0, 3, 4, 1, 2)[pixels].reshape(-1, lifted.shape[1])])
-    distance, nearest = cKDTree(known).query(places[hidden], k=min(8, len(known)))
-    distance, nearest = distance.reshape(len(distance), -1), nearest.reshape(len(nearest), -1)
-    weights = np.exp(-(distance**2 - distance[:, :1] ** 2) / 0.004)  # the nearest always counts
-    return (values[nearest] * (weights / weights.sum(1, keepdims=True))[..., None]).sum(1)
+def _moving_least_squares(wanted: np.ndarray, places: np.ndarray, values: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Values at places [N, 3], linear in those [N, M, C] of M neighbours at [N, M, 3], whose distances [N, M] ascend."""
+    weights = (1.001 - (distance / np.maximum(distance[:, -1:], 1e-6)) ** 2) ** 2  # so that neighbours come and go unnoticed
+    weights /= weights.sum(1, keepdims=True)
+    centre, mean = (np.einsum("nm,nmc->nc", weights, each) for each in (places, values))
+    around = places - centre[:, None]
+    weighted = (weights[..., None] * around).transpose(0, 2, 1)
+    slopes = np.linalg.solve(weighted @ around + LEVEL**2 * np.eye(3, dtype=np.float32), weighted @ values)
+    step = wanted - centre
+    step *= np.minimum(1, FARTHEST / np.maximum(np.linalg.norm(step, axis=1, keepdims=True), 1e-9))
+    return mean + np.einsum("ni,nic->nc", step, slopes)
 
 
 def decode_video(
