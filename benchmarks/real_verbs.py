@@ -134,7 +134,7 @@ def main() -> None:
 
     phrases = {verb.name: verb.phrases[0] for verb in VERBS}
     torch.set_num_threads(1)
-    generator = MotionGenerator.load(arguments.weights)
+    chosen = MotionGenerator.load(arguments.weights) if arguments.weights else None
     viewmats, size = space.orbit_viewmats(), 128
     Ks = space.intrinsics(size, 4)
     prompts, right = 0, [0, 0]
@@ -159,6 +159,7 @@ def main() -> None:
                 answers: list[list[str]] = [[], []]
                 for seed in range(arguments.samples):
                     prompt = f"the {noun} {phrases[verb]}"
+                    generator = chosen or MotionGenerator.shipped(prompt)
                     motion = generator.generate(mesh, views, viewmats, Ks, prompt, steps=arguments.steps, seed=seed)
                     found = [
                         np.min([distances(motion.tracks, poses, name in CYCLIC, shares) for poses in sides], 0)

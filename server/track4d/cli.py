@@ -137,12 +137,14 @@ def train_motion(out: Annotated[Path, typer.Option(help="Folder for checkpoints 
                  start: Annotated[Path | None, typer.Option(help="Weights to begin with, such as the shipped ones.")] = None,
                  grid: Annotated[int | None, typer.Option(help="Pixels along a side of the latent; 64 refines --start.")] = None,
                  rate: Annotated[float, typer.Option(help="Factor on the learning rates; less than 1 to refine weights.")] = 1.0,
+                 natural: Annotated[bool, typer.Option(help="Weights for motions as real clips have them.")] = False,
                  resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False) -> None:
     """Train the motion generator on procedural objects, and on real clips where there are some."""
     from .training.motion import TrainingSettings, train
 
     settings = TrainingSettings(steps, batch, seed)
-    settings = replace(settings, learning_rate=rate * settings.learning_rate, muon_rate=rate * settings.muon_rate)
+    settings = replace(settings, learning_rate=rate * settings.learning_rate, muon_rate=rate * settings.muon_rate,
+                       natural=natural)
     with Progress(console=console) as progress:
         bar = progress.add_task("training", total=steps)
         train(out, settings, resume, start, clips, grid=grid,

@@ -93,11 +93,12 @@ def blender() -> Finding:
 
 
 def weights() -> Finding:
-    from .video.generator import WEIGHTS
+    from .video.generator import NATURAL_WEIGHTS, WEIGHTS
 
-    if not WEIGHTS.exists():
-        return Finding("broken", "model", f"The shipped weights {WEIGHTS.name} are missing.", "Install the package again.")
-    return Finding("ok", "model", f"{WEIGHTS.name}, {WEIGHTS.stat().st_size / 1e6:.1f} MB")
+    files = (WEIGHTS, NATURAL_WEIGHTS)
+    if missing := [file.name for file in files if not file.exists()]:
+        return Finding("broken", "model", f"Shipped weights are missing: {', '.join(missing)}.", "Install the package again.")
+    return Finding("ok", "model", ", ".join(f"{file.name}, {file.stat().st_size / 1e6:.1f} MB" for file in files))
 
 
 def published() -> Finding:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +179,7 @@ def given(request: Request, mesh: Mesh, viewmats: np.ndarray, Ks: np.ndarray) ->
 def imagined(request: Request, mesh: Mesh, viewmats: np.ndarray, Ks: np.ndarray, similarity: Similarity,
              report: JobReport) -> Seen:
     """Stage One by the generator that ships: it moves the mesh, and the video is drawn of that."""
-    settings, stills, generator = request.settings, request.arrays["views"], shipped_generator()
+    settings, stills, generator = request.settings, request.arrays["views"], MotionGenerator.shipped(request.settings.prompt)
     check_stills(stills, len(generator.network.view))
     generated = generator.generate(mesh, stills, viewmats, Ks, settings.prompt, frames=FITTED_FRAMES, seed=settings.seed,
                                    report=report)
@@ -214,7 +213,7 @@ def prior(request: Request, mesh: Mesh, viewmats: np.ndarray, seen: Seen) -> dic
     """What 4D-SDS asks: the model that painted the video, or the generator of motions."""
     prompt = request.settings.prompt
     if seen.painter is None:
-        return {"motion_prior": motion_prior(shipped_generator(), mesh, seen.shading, prompt)}
+        return {"motion_prior": motion_prior(MotionGenerator.shipped(prompt), mesh, seen.shading, prompt)}
     rest, _ = fitted(seen.stills, seen.painter.size, seen.painter.cell)  # [V, 4, S, S]
     return {"video_prior": video_prior(seen.painter, prompt, torch.from_numpy(viewmats), rest)}
 
@@ -241,8 +240,9 @@ def licence_warnings(licences: list[str]) -> list[dict[str, str]]:
 
 
 def describe() -> dict[str, str]:
-    """What the server tells its clients of itself; loads the generator, so that the first job finds it warm."""
-    shipped_generator()
+    """What the server tells its clients of itself; loads the generators, so that the first job finds them warm."""
+    for prompt in ("it spins", "it runs"):
+        MotionGenerator.shipped(prompt)
     return {"device": f"CPU, {os.cpu_count()} cores", "model": MODEL_TITLES["motion"], "licence": "CC0 1.0"}
 
 
@@ -270,12 +270,6 @@ def canonical_mesh(request: Request) -> tuple[Mesh, Similarity]:
     textures = [arrays[f"texture_{k}"].astype(np.float32) / 255 for k in range(count)]
     vertices = similarity.apply(arrays["vertices"])
     return Mesh(vertices, arrays["faces"], arrays.get("uvs"), arrays.get("materials"), textures), similarity
-
-
-@lru_cache(maxsize=1)
-def shipped_generator() -> MotionGenerator:
-    """The generator that comes with the package; loaded once per process."""
-    return MotionGenerator.load()
 
 
 def word_warnings(generator: MotionGenerator, prompt: str) -> list[dict[str, str]]:

@@ -32,6 +32,14 @@ def generate(generator, subject, prompt="the dog is running", **options):
     return generator.generate(mesh, views, VIEWMATS, KS, prompt, **({"steps": 4} | options))
 
 
+def test_a_sentence_goes_to_the_weights_that_have_learnt_it():
+    natural, designed = MotionGenerator.shipped("the dog is running"), MotionGenerator.shipped("the dog is spinning")
+    assert natural is MotionGenerator.shipped("a cat walks slowly") and designed is MotionGenerator.shipped("")
+    assert designed is MotionGenerator.shipped("the dog is running plainly")  # the designed motion of a verb with real clips
+    ours, others = natural.network.state_dict(), designed.network.state_dict()
+    assert not torch.equal(ours["text.embedding.weight"], others["text.embedding.weight"])
+
+
 def test_same_seed_same_motion(generator, dog):
     first, again, other = (generate(generator, dog, seed=seed).tracks for seed in (7, 7, 8))
     assert np.array_equal(first, again)
@@ -236,8 +244,8 @@ def test_shipped_weights_do_what_they_are_told(generator):
     assert np.mean([score.error for score in scores]) < 0.08
 
 
-def test_running_moves_the_feet_more_than_the_hips(generator):
-    ratios = []
+def test_running_moves_the_feet_more_than_the_hips():
+    ratios, generator = [], MotionGenerator.shipped("the fox is running")
     for seed in range(4):
         thing = make_object(np.random.default_rng([77, seed]), "quadruped")
         tracks = generate(generator, capture(thing), "the fox is running", steps=8).tracks

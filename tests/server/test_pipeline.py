@@ -114,7 +114,7 @@ def test_unknown_motion_is_a_warning_that_lists_the_known_ones(capsule) -> None:
 
 
 def test_a_prompt_longer_than_the_model_reads_is_a_warning() -> None:
-    generator = pipeline.shipped_generator()
+    generator = pipeline.MotionGenerator.shipped("")
     (warning,) = pipeline.word_warnings(generator, "the capsule bends left " + "like a reed in a storm " * 70)
     assert warning["code"] == "long_prompt" and "143" in warning["message"] and warning["action"]
     assert pipeline.word_warnings(generator, "the capsule bends left") == []

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from track4d.training import data
+from track4d.training import data, motion
 from track4d.training.actions import draw_action
 from track4d.training.clips import draw_clip, load_clips
 from track4d.training.motion import TrainingSettings, diffusion_loss, train
@@ -19,7 +20,7 @@ from track4d.video.diffusion import BASIS_FRAMES, frame_times, log_snr, temporal
 from track4d.video.generator import MotionGenerator
 from track4d.video.motion_unet import MotionUNet, UNetConfig, patches, pixels, turned
 from track4d.video.parts import affine_fits, cells
-from track4d.video.text import VERB_NAMES, VERBS
+from track4d.video.text import VERB_NAMES, VERBS, tokenise
 from track4d_protocol.errors import Cancelled, InputError
 
 TIMES = frame_times(BASIS_FRAMES).numpy()
@@ -168,9 +169,10 @@ def test_cells_keep_the_noise_as_it_is():
     torch.testing.assert_close(rows[1, 16 + 5], maps[1, 1, :, 2:4, 2:4].sum((1, 2)) / 2)  # second view, second row and column
 
 
-def test_every_part_of_the_shipped_network_works():
+@pytest.mark.parametrize("prompt", ["it spins", "it runs"])
+def test_every_part_of_the_shipped_networks_works(prompt):
     """None is saturated: a gradient comes through everything, and half precision hardly changes it."""
-    network = MotionGenerator.load().network.train()
+    network = MotionGenerator.load(MotionGenerator.shipped_weights(prompt)).network.train()
     batch = data.make_batch(7, 0, 8, grid=network.config.grid)
 
     def gradients(precision):
@@ -285,6 +287,30 @@ def test_clips_are_drawn_from_rest(tmp_path):
     assert batch.latent.shape[0] == 16 and torch.isfinite(batch.latent).all()
 
 
+def test_real_motions_can_be_learnt_nearly_alone(tmp_path):
+    """As the shipped weights for natural motions are: real meshes do what their clips show, and little else is drawn."""
+    thing = make_object(np.random.default_rng(0), "quadruped")
+    walk = animate(thing, Action(VERB_NAMES.index("walk")), np.arange(24) / 24)
+    named = {"faces": thing.faces, "rest": thing.vertices, "loops": np.array([True]), "noun": np.array("dog")}
+    np.savez(tmp_path / "dog.npz", clips=walk[None].astype(np.float16), verbs=np.array(["walk"]), **named)
+    real = load_clips(tmp_path)
+    word = tokenise("naturally")[0]
+
+    def natural(**options):
+        tokens = torch.cat([data.make_batch(0, step, 8, real, **options).tokens for step in range(12)])
+        return float((tokens == word).any(1).float().mean())
+
+    assert natural(natural=True) > 0.75 and natural() < 0.5
+    settings, config = TrainingSettings(steps=1, batch=4, natural=True), replace(TINY, gist=16, parts=3)
+    weights = train(tmp_path / "out", settings, clips=tmp_path, config=config)
+    network = MotionGenerator.load(weights).network
+    assert network.gist is not None and network.config.parts == 3
+    other = data.make_batch(0, 0, 8).condition  # of two objects
+    with torch.no_grad():
+        one, two = (network.observe(condition).gist for condition in (other, other.flip(0)))
+    assert one.shape == (8, 16) and torch.allclose(one, two.flip(0), atol=1e-5) and (one[0] - one[-1]).abs().max() > 1e-3
+
+
 def test_clips_happen_to_the_left_unless_the_sentence_says_right(tmp_path):
     rng = np.random.default_rng(0)
     thing = make_object(rng, "biped")
@@ -327,6 +353,20 @@ def test_processes_share_a_training(tmp_path):
     alone = load_file(train(tmp_path / "one", TrainingSettings(steps=3, batch=8), config=TINY))
     shared = load_file(tmp_path / "two" / "motion.safetensors")
     assert any(not torch.equal(alone[name], shared[name]) for name in alone)  # the second process had data of its own
+
+
+def test_drawing_data_leaves_torch_its_threads(tmp_path, monkeypatch):
+    """Numba gives OpenMP all cores when it starts its own threads."""
+    wanted, seen = torch.get_num_threads(), []
+
+    def greedy(*given):
+        torch.set_num_threads(wanted + 1)
+        return data.make_batch(*given)
+
+    monkeypatch.setattr(motion, "make_batch", greedy)
+    monkeypatch.setattr(motion, "diffusion_loss", lambda *given: seen.append(torch.get_num_threads()) or diffusion_loss(*given))
+    train(tmp_path, TrainingSettings(steps=2, batch=4), config=TINY)
+    assert seen == [wanted, wanted]
 
 
 def test_a_batch_must_be_shared_in_fours(tmp_path, monkeypatch):

@@ -106,11 +106,11 @@ def note(warnings: list[dict[str, str]]) -> None:
 def of_motion(path: Path, prompt: str, front: str, frames: int, steps: int, guidance: float | None, seed: int,
               report: Report) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The video [V, F, S, S, 4] of a mesh that the shipped generator moves, and its cameras."""
-    from ..pipeline import shipped_generator, stepped_back, word_warnings
-    from ..video.generator import decode_video
+    from ..pipeline import stepped_back, word_warnings
+    from ..video.generator import MotionGenerator, decode_video
 
     mesh, pictures, viewmats, Ks = captured(path, front)
-    generator = shipped_generator()
+    generator = MotionGenerator.shipped(prompt)
     note(word_warnings(generator, prompt))
     motion = generator.generate(mesh, pictures, viewmats, Ks, prompt, frames, steps, guidance, seed, report)
     filming = stepped_back(viewmats, motion.tracks)

@@ -24,7 +24,7 @@ _OTHER_REST_SHARE = 0.3
 # How often a mesh does what it can do; 1 for all others.
 _OFTEN = {"walk": 2.0, "run": 2.0, "sit": 3.0, "wave": 3.0, "eat": 3.0, "dance": 3.0, "punch": 2.0, "clap": 2.0}
 _TAKE_SIDES = frozenset(("wave", "punch", "kick", "die", "attack"))
-_WHOLE_BODY_SHARE = 0.2  # of samples need no limbs, and so no clip
+WHOLE_BODY_SHARE = 0.2  # of samples need no limbs, and so no clip
 _ONE_SIDED = 0.1  # by which share of the motion one half has to do more than the other
 
 
@@ -166,17 +166,20 @@ def _draw_played(rng: np.random.Generator, thing: ClipObject, times: np.ndarray)
     return trajectory * FLIP if mirrored else trajectory, name, pace, side, mirrored
 
 
-def draw_clip(rng: np.random.Generator, thing: ClipObject, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+def draw_clip(
+    rng: np.random.Generator, thing: ClipObject, times: np.ndarray, whole_body: float = WHOLE_BODY_SHARE
+) -> tuple[np.ndarray, np.ndarray, str]:
     """A motion of a real mesh, to the left as long as the sentence doesn't say "right".
 
     Args:
         times: [F], 0 to 1.
+        whole_body: share of designed motions that any body can do.
 
     Returns:
         trajectory [F, N, 3] float32 from the pose of the pictures on, colours [N, 3], and a sentence.
     """
     stretch, faces = rng.uniform(0.9, 1.12, 3).astype(np.float32), thing.faces
-    if rng.random() < _WHOLE_BODY_SHARE:
+    if rng.random() < whole_body:
         rest = _canonical((thing.rest * stretch)[None])[0].astype(np.float32)
         action, size, pace = draw_action(rng, VERB_NAMES.index(str(rng.choice(_WHOLE_BODY))))
         trajectory = animate(ProceduralObject("blob", rest, faces, rest, []), action, times)

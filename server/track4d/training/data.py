@@ -18,11 +18,12 @@ from ..video.diffusion import BASE_GRID, BASIS_FRAMES, LATENT_SCALE, frame_times
 from ..video.maps import condition, surface_maps
 from ..video.text import tokenise
 from .actions import NOUNS, draw_action, draw_prompt, draw_verb
-from .clips import ClipObject, draw_clip
+from .clips import WHOLE_BODY_SHARE, ClipObject, draw_clip
 from .objects import ProceduralObject, make_object
 from .verbs import Action, animate
 
 REAL_SHARE = 0.4
+NATURAL_REAL_SHARE = 0.9  # where only real motions are to be learnt; the rest keeps it from knowing those few bodies alone
 ACTIONS_PER_OBJECT = 4  # making and drawing an object costs more than moving it
 _BASIS = temporal_basis(frame_times(BASIS_FRAMES)).numpy()  # [16, K]
 NOMINAL_SHARE = 0.4  # of the objects are seen by the capture's own cameras, the others by cameras near them
@@ -90,15 +91,19 @@ def _prompted_actions(rng: np.random.Generator, thing: ProceduralObject) -> list
     return [(action, draw_prompt(rng, NOUNS[thing.plan], action.verb, size, pace)) for action, size, pace in drawn]
 
 
-def make_batch(seed: int, step: int, size: int, real: list[ClipObject] | None = None, grid: int = BASE_GRID) -> Batch:
+def make_batch(
+    seed: int, step: int, size: int, real: list[ClipObject] | None = None, grid: int = BASE_GRID, natural: bool = False
+) -> Batch:
     """The batch of one training step: a function of its arguments alone, so a resumed training sees the same data.
 
     Args:
         size: a multiple of `ACTIONS_PER_OBJECT`.
         real: real animated meshes, for `REAL_SHARE` of the samples.
         grid: pixels along a side.
+        natural: real motions are what matters: `NATURAL_REAL_SHARE` of the samples, and real meshes do nothing else.
     """
     rng = np.random.default_rng([seed, step])
+    share, whole_body = (NATURAL_REAL_SHARE, 0.0) if natural else (REAL_SHARE, WHOLE_BODY_SHARE)
     times = frame_times(BASIS_FRAMES).numpy()
     latents, conditions, masks = [], [], []
     tokens: list[list[int]] = []
@@ -111,10 +116,10 @@ def make_batch(seed: int, step: int, size: int, real: list[ClipObject] | None = 
         tokens.extend(tokenise(prompt) for prompt in prompts)
 
     for _ in range(size // ACTIONS_PER_OBJECT):
-        if real and rng.random() < REAL_SHARE:
+        if real and rng.random() < share:
             for _ in range(ACTIONS_PER_OBJECT):
                 mesh = real[int(rng.integers(len(real)))]
-                trajectory, colors, prompt = draw_clip(rng, mesh, times)
+                trajectory, colors, prompt = draw_clip(rng, mesh, times, whole_body)
                 add(trajectory[0], mesh.faces, colors, [trajectory], [prompt])
         else:
             thing = make_object(rng)

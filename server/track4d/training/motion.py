@@ -31,7 +31,7 @@ WARM_UP = 100  # steps
 # Of all steps, at the end; the rate is constant before, so that their number may be changed on the way.
 DECAY_SHARE = 0.7
 TEXT_DROP = 0.1  # share of samples without their sentence, for classifier-free guidance (Ho and Salimans 2022)
-SMALL_ENERGY = 0.05  # mean square of a latent below which a motion is small
+SMALL_ENERGY = 0.02  # mean square of a latent below which a motion is small
 SAVE_EVERY = 250  # steps
 
 
@@ -45,6 +45,7 @@ class TrainingSettings:
         seed: of the weights, the data and the noise.
         learning_rate: of AdamW in the constant phase.
         muon_rate: of Muon in the constant phase.
+        natural: weights for motions as real clips have them, see `make_batch`.
     """
 
     steps: int = 12000
@@ -52,6 +53,7 @@ class TrainingSettings:
     seed: int = 0
     learning_rate: float = 1e-3
     muon_rate: float = 0.02
+    natural: bool = False
 
 
 def rate(settings: TrainingSettings, step: int) -> float:
@@ -63,7 +65,7 @@ def rate(settings: TrainingSettings, step: int) -> float:
 
 def make_optimizers(network: MotionUNet, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers, AdamW for the rest; a group's `base` is its rate in the constant phase."""
-    outer = ("latent_in", "condition_in", "out", "affine", "parts.share", "parts.out", "parts.to", "text.", "view")
+    outer = ("latent_in", "condition_in", "out", "affine", "parts.share", "parts.out", "parts.to", "gist.out", "text.", "view")
     hidden: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in network.named_parameters():
@@ -81,7 +83,7 @@ def diffusion_loss(
 
     What the sentence means is learnt from the noisiest samples, so three quarters of them are in the upper half of the levels,
     and one eleventh all noise, as sampling begins with; weights by the SNR would drown them. Small motions count more than
-    their square, or a wagging tail would never be learnt beside a spin.
+    their square, or a wagging tail would never be learnt beside a spin, nor a walk beside a fall.
     """
     size, shape = len(batch.latent), batch.latent.shape
     place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size  # evenly spread
@@ -101,7 +103,7 @@ def diffusion_loss(
     numbers = torch.bincount(owner, minlength=size) * shape[2]  # that describe the object; [B]
     errors = torch.zeros(size).index_add(0, owner, wrong.square().sum(1)) / numbers
     energy = torch.zeros(size).index_add(0, owner, clean.square().sum(1)) / numbers
-    return (errors * (energy + SMALL_ENERGY) ** -0.5).mean(), errors.detach().mean()
+    return (errors * (energy + SMALL_ENERGY) ** -0.75).mean(), errors.detach().mean()
 
 
 def _rows(maps: Tensor) -> Tensor:
@@ -199,7 +201,7 @@ def train(
         while step < settings.steps:
             report("train", step, settings.steps)
             seed = settings.seed + 7919 * rank
-            batch = make_batch(seed, step, settings.batch // ranks, real, config.grid)
+            batch = make_batch(seed, step, settings.batch // ranks, real, config.grid, settings.natural)
             torch.set_num_threads(threads)  # Numba, where it starts its threads, gives OpenMP all cores: five times as slow
             loss, seen = diffusion_loss(network, batch, torch.Generator().manual_seed(seed * 1_000_003 + step))
             network.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from .motion_unet import MotionUNet, Observed, UNetConfig
 from .sampling import guided
 
 WEIGHTS = Path(__file__).parent / "weights" / "motion.safetensors"
+NATURAL_WEIGHTS = WEIGHTS.with_name("natural.safetensors")  # trained from those on real clips nearly alone
 GUIDANCE = 1.5  # classifier-free guidance: 1 is without, and half the work; more exaggerates the motion
 NATURAL_GUIDANCE = 3.0  # of motions learnt from real clips, of which there were few: they take less from the sentence
 # The first and the last steps go without guidance (Kynkaanniemi et al. 2024, guidance in a limited interval): from noise alone
@@ -72,7 +74,7 @@ class MotionGenerator:
 
     @classmethod
     def load(cls, path: Path | None = None) -> MotionGenerator:
-        """Reads weights written by `track4d train motion`; the shipped ones by default.
+        """Reads weights written by `track4d train motion`; by default the shipped ones for all verbs.
 
         Raises:
             InputError: the file is absent, damaged, or was trained by an incompatible version.
@@ -92,6 +94,20 @@ class MotionGenerator:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError("bad_weights", f"The generator's weights {path} can't be read: {error}.", action) from error
         return cls(network)
+
+    @classmethod
+    def shipped(cls, prompt: str) -> MotionGenerator:
+        """The generator for a sentence: one that has learnt what real clips show, or all the designed motions; each read once.
+
+        Raises:
+            InputError: as `load`.
+        """
+        return _shipped(cls.shipped_weights(prompt))
+
+    @staticmethod
+    def shipped_weights(prompt: str) -> Path:
+        """The file that `shipped` reads."""
+        return NATURAL_WEIGHTS if text.is_natural(prompt) else WEIGHTS
 
     @staticmethod
     def known_verbs() -> list[str]:
@@ -246,6 +262,11 @@ class MotionGenerator:
             return self.doubt(latents, observed[len(latents)], tokens.expand(len(latents), -1)).argmin(0, keepdim=True)
 
         return sample(clean, noise, steps, on_step, likeliest)[0]
+
+
+@lru_cache(maxsize=2)
+def _shipped(path: Path) -> MotionGenerator:
+    return MotionGenerator.load(path)
 
 
 def encode_tracks(tracks: torch.Tensor, seen_by: scipy.sparse.csr_array, views: int) -> torch.Tensor:

@@ -33,6 +33,8 @@ class UNetConfig:
         detail: channels of the last stage, on cells of half a token's side.
         grid: pixels along each side of the motion latent.
         patch: pixels along each side of a token of the finest level; even.
+        parts: of an object that move as one piece, at most.
+        gist: features of the whole object, by which a sentence asks other things of other bodies; 0 is without.
     """
 
     channels: tuple[int, int, int] = (64, 96, 128)
@@ -41,6 +43,8 @@ class UNetConfig:
     text_width: int = 64
     grid: int = BASE_GRID
     patch: int = 2
+    parts: int = 7
+    gist: int = 0
     vocabulary: int = VOCABULARY_SIZE
     latent: int = LATENT_CHANNELS
 
@@ -171,6 +175,32 @@ class TextEncoder(nn.Module):
         return torch.where(drop[:, None], self.null.to(mean.dtype), mean)
 
 
+class Gist(nn.Module):
+    """What the pictures show as a whole, and what that makes of a sentence: a crab doesn't walk as a fox does."""
+
+    VIEWS = 4
+    SIDE = 4  # places along each side of a view that are told apart
+
+    def __init__(self, width: int, fine: int, text_width: int, embedding: int) -> None:
+        """Args: channels of the whole's features, of the pictures', of the sentence's and of the embedding."""
+        super().__init__()
+        self.first, self.second = nn.Conv2d(fine, fine, 3, 2, 1), nn.Conv2d(fine, fine, 3, 2, 1)
+        self.whole = nn.Linear(self.VIEWS * fine * self.SIDE**2, width)
+        self.inside = nn.Linear(width + text_width, 2 * width)
+        self.out = zero(nn.Linear(2 * width, embedding))
+
+    def look(self, fine: Tensor, views: int) -> Tensor:
+        """[B * V, channels, h, w] of at most four views to [B, width]."""
+        h = self.second(F.silu(self.first(F.silu(fine))))
+        h = F.adaptive_avg_pool2d(F.silu(h), self.SIDE).reshape(len(fine) // views, -1)
+        whole = self.whole(F.pad(h, (0, self.whole.in_features - h.shape[1])))
+        return F.rms_norm(whole, whole.shape[-1:])
+
+    def forward(self, gist: Tensor, text: Tensor) -> Tensor:
+        """[B, width] of `look` and [B, text_width] to a share of the embedding, [B, E]."""
+        return self.out(F.silu(self.inside(torch.cat([gist, text], 1))))
+
+
 class Observed(NamedTuple):
     """What the network makes of an object before it looks at any motion; the same at every step of the sampler.
 
@@ -178,6 +208,7 @@ class Observed(NamedTuple):
         position: [B, V, 3, H, W]; mask: [B, V, 1, H, W].
         fine: [B * V, channels, h, w] and detail: [B * V, channels, 2 h, 2 w], features of the pictures.
         places: [B * V, 16, h / 2, w / 2] and coarse_places: [B * V, 16, h / 4, w / 4], where tokens lie.
+        gist: [B, `config.gist`] of `Gist.look`.
     """
 
     position: Tensor
@@ -186,6 +217,7 @@ class Observed(NamedTuple):
     detail: Tensor
     places: Tensor
     coarse_places: Tensor
+    gist: Tensor
 
     def repeated(self, count: int) -> Observed:
         """One object, before so many motions of it."""
@@ -207,7 +239,8 @@ class MotionUNet(nn.Module):
         self.level_in = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.view = nn.Parameter(torch.randn(4, width) * 0.1)
         self.embedding_out = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.parts = PartMotion(config.latent, config.embedding, config.detail, fine, coarse)
+        self.parts = PartMotion(config.parts, config.latent, config.embedding, config.detail, fine, coarse)
+        self.gist = Gist(config.gist, fine, config.text_width, width) if config.gist else None
         self.fine_down = ResidualBlock(fine, width)
         self.to_middle = nn.Conv2d(fine, middle, 3, 2, 1)
         self.middle_down = ResidualBlock(middle, width)
@@ -240,7 +273,9 @@ class MotionUNet(nn.Module):
         kind = torch.get_autocast_dtype(inputs.device.type) if torch.is_autocast_enabled(inputs.device.type) else inputs.dtype
         inputs = inputs.to(kind, memory_format=torch.channels_last)
         fine, detail = patches(inputs, self.condition_in, patch), patches(inputs, self.condition_in_detail, patch // 2)
-        return Observed(position, mask, fine, detail, places, F.avg_pool2d(places, 2))
+        views = condition.shape[1]
+        whole = fine.new_zeros(len(condition), 0) if self.gist is None else self.gist.look(fine, views)
+        return Observed(position, mask, fine, detail, places, F.avg_pool2d(places, 2), whole)
 
     def forward(
         self, noisy: Tensor, condition: Tensor | Observed, noise_level: Tensor, tokens: Tensor, drop: Tensor | None = None
@@ -265,7 +300,10 @@ class MotionUNet(nn.Module):
         angles = noise_level[:, None] * 1000 * frequencies
         snr = log_snr(noise_level, width)
         look, about = self.parts.look(noisy, observed.position, observed.mask, snr, patch // 2)
-        embedding = self.level_in(torch.cat([angles.sin(), angles.cos()], -1)) + self.text_in(self.text(tokens, drop)) + about
+        sentence = self.text(tokens, drop)
+        embedding = self.level_in(torch.cat([angles.sin(), angles.cos()], -1)) + self.text_in(sentence) + about
+        if self.gist is not None:
+            embedding = embedding + self.gist(observed.gist, sentence)
         embedding = self.embedding_out(embedding[:, None] + self.view[None, :views])
         embedding = F.rms_norm(embedding, embedding.shape[-1:])
         mean_embedding, embedding = embedding.mean(1), embedding.flatten(0, 1)

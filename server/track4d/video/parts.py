@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DOUBTED = 3.0  # standard deviations of the noise up to which a fit's coefficient says nothing
+BOUND = 10.0  # of the facts; those of a far turn in little noise are larger than any that layers can be trained on
 REACH = 4.0  # of the network's own maps: a turn's are several times as large as what its layers are used to
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -35,8 +36,8 @@ def affine_fits(noisy: Tensor, functions: Tensor, shares: Tensor, snr: Tensor) -
         snr: [B], the log-SNR.
 
     Returns:
-        fits [B, K, 4, C] of the clean latent, 0 where all is noise; facts [B, K, 4 C + 16] of about unit size: the fits in
-        orthonormal functions, and the part's moments.
+        fits [B, K, 4, C] of the clean latent, 0 where all is noise; facts [B, K, 4 C + 16] of about unit size, within
+        `BOUND`: the fits in orthonormal functions, and the part's moments.
     """
     signal, noise = torch.sigmoid(snr)[:, None, None, None], torch.sigmoid(-snr)[:, None, None, None]
     weighted = (shares[..., None] * functions[:, :, None]).flatten(2).mT  # [B, 4 K, P]
@@ -52,7 +53,7 @@ def affine_fits(noisy: Tensor, functions: Tensor, shares: Tensor, snr: Tensor) -
     fits = torch.linalg.solve_triangular(root.mT, trusted / pixels.sqrt(), upper=True)
     fits = fits * signal.sqrt() * pixels / (signal * pixels + noise)
     white = white * (signal * pixels + noise) ** -0.5
-    return fits, torch.cat([white.flatten(2), gram.flatten(2)], 2)
+    return fits, torch.cat([white.flatten(2), gram.flatten(2)], 2).clamp(-BOUND, BOUND)
 
 
 def cells(maps: Tensor, side: int) -> Tensor:
@@ -83,16 +84,15 @@ class PartMotion(nn.Module):
     The first part is the whole object; the shares of the others are found by the network, whose last feature they are read from.
     """
 
-    PARTS = 7  # beside the whole
     HIDDEN = 256
 
-    def __init__(self, latent: int, embedding: int, detail: int, fine: int, coarse: int) -> None:
-        """Args: channels of the latent, of the embedding and of the features given to `forward`."""
+    def __init__(self, parts: int, latent: int, embedding: int, detail: int, fine: int, coarse: int) -> None:
+        """Args: parts beside the whole; channels of the latent, of the embedding and of the features given to `forward`."""
         super().__init__()
         self.latent = latent
         facts = 4 * latent + 16
         self.to_embedding = zero(nn.Linear(facts + 6, embedding))
-        self.share = nn.Conv2d(detail, 1 + self.PARTS, 1)
+        self.share = nn.Conv2d(detail, 1 + parts, 1)
         self.inside = nn.Linear(facts + embedding + fine + coarse, self.HIDDEN)
         self.between = nn.Linear(self.HIDDEN, self.HIDDEN)
         self.out = zero(nn.Linear(self.HIDDEN, 5 * latent))
