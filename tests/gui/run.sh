@@ -19,7 +19,9 @@ SERVER=$!; BPID=; XPID=
 trap 'kill $SERVER $BPID $XPID 2>/dev/null || true; rm -rf "$HOME_DIR"' EXIT
 for _ in $(seq 100); do [ -s "$HOME_DIR/connection.json" ] && break; sleep 0.2; done
 
-mkdir -p "$ROOT/gui" "$SHOTS"
+mkdir -p "$SHOTS"
+[ -x "$ROOT/usr/bin/blender" ] || OUT="$SHOTS" ROOT="$ROOT" DPY=$DPY "$SETUP" "$SUITE" "$ZIP" >&2  # a new system's folder is cleared first
+mkdir -p "$ROOT/gui"
 rm -rf "$ROOT"/root/.config/blender/*/extensions/{user_default,.local}  # else a wheel of the same version would stay, old as it is
 rm -f "$ROOT"/gui/{request,request.part,passed,failed,model.*}
 cp "$HOME_DIR/connection.json" "$ROOT/gui/"; echo "$PROMPT" >"$ROOT/gui/prompt"; echo "$WAIT" >"$ROOT/gui/seconds"

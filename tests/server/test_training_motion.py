@@ -170,7 +170,7 @@ def test_cells_keep_the_noise_as_it_is():
 
 
 @pytest.mark.parametrize("prompt", ["it spins", "it runs"])
-def test_every_part_of_the_shipped_networks_works(prompt):
+def test_every_part_of_both_shipped_networks_works(prompt):
     """None is saturated: a gradient comes through everything, and half precision hardly changes it."""
     network = MotionGenerator.load(MotionGenerator.shipped_weights(prompt)).network.train()
     batch = data.make_batch(7, 0, 8, grid=network.config.grid)

@@ -41,6 +41,7 @@ NEAREST = 24  # pixels of all views that a vertex takes its motion from
 FLAT = 0.01  # canonical: an object is taken for flat, and its motion for constant, in directions in which it is thinner
 LEVEL = 0.03  # canonical: the same of the pixels around a vertex
 FARTHEST = 0.1  # canonical, that the motion around a vertex is continued
+NEAR = 0.05  # canonical distance from all that is seen at which a vertex is trusted by 1 / e
 LIFTED_AT_ONCE = 16384  # vertices
 
 
@@ -324,7 +325,7 @@ def lift(
         local = _moving_least_squares(wanted[some], places[nearest], rest[nearest], distance.astype(np.float32))
         lifted[some] = mean + (wanted[some] - centre) @ slopes + local
         gaps[some] = distance[:, 0]
-    confidence = np.exp(-((gaps / 0.05) ** 2))
+    confidence = np.exp(-((gaps / NEAR) ** 2))
     confidence[confidence < 0.1] = 0
     return lifted.reshape(-1, count, 3)[inverse], confidence[inverse]
 
