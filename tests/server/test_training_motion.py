@@ -16,7 +16,7 @@ from track4d.training.clips import draw_clip, load_clips
 from track4d.training.motion import TrainingSettings, diffusion_loss, train
 from track4d.training.objects import PLANS, make_object
 from track4d.training.verbs import Action, animate, mirrored
-from track4d.video.diffusion import BASIS_FRAMES, frame_times, log_snr, temporal_basis
+from track4d.video.diffusion import BASIS_FRAMES, add_noise, frame_times, log_snr, temporal_basis
 from track4d.video.generator import MotionGenerator
 from track4d.video.motion_unet import MotionUNet, UNetConfig, patches, pixels, turned
 from track4d.video.parts import affine_fits, cells
@@ -190,6 +190,22 @@ def test_training_can_be_refined(tmp_path):
     trained = train(tmp_path / "coarse", TrainingSettings(steps=1, batch=4), config=TINY)
     finer = train(tmp_path / "fine", TrainingSettings(steps=1, batch=4), start=trained, grid=64)
     assert MotionGenerator.load(finer).network.config.grid == 64
+
+
+def test_a_widened_network_answers_nearly_as_before(tmp_path):
+    """What weights for natural motions begin with."""
+    torch.manual_seed(0)
+    network = MotionGenerator.load().network
+    wide, batch = network.widened(), data.make_batch(0, 5, 4, grid=network.config.grid)
+    level = torch.tensor([0.3, 0.5, 0.7, 0.9])
+    noisy = add_noise(batch.latent, torch.randn(batch.latent.shape), level)
+    with torch.no_grad():
+        before, after = (each(noisy, batch.condition, level, batch.tokens) * batch.mask for each in (network, wide))
+    assert 0 < (after - before).norm() < 0.2 * before.norm()
+    trained = train(tmp_path / "both", TrainingSettings(steps=1, batch=4), config=TINY)
+    natural = train(tmp_path / "natural", TrainingSettings(steps=1, batch=4, natural=True), start=trained)
+    config = MotionGenerator.load(natural).network.config
+    assert config.gist > 0 and config.parts == 2 * TINY.parts
 
 
 def test_running_legs_swing_about_their_hips():

@@ -22,6 +22,8 @@ from .parts import PartMotion, zero
 from .text import MAX_TOKENS, VOCABULARY_SIZE
 
 CONDITION_CHANNELS = 8  # premultiplied RGBA, rest position, mask
+GIST = 128  # features of the whole object where a network is widened
+UNLIKE = 0.3  # of the spread of the shares' weights, by which twins of parts differ
 
 
 @dataclass(frozen=True)
@@ -354,3 +356,15 @@ class MotionUNet(nn.Module):
                 state[name] = spread(state[name], 0, side)
         fine.load_state_dict(state)
         return fine
+
+    @torch.no_grad()
+    def widened(self) -> MotionUNet:
+        """Nearly the same network with room for more: a gist that says nothing yet, a twin a little unlike it for each part."""
+        wide = MotionUNet(replace(self.config, parts=2 * self.config.parts, gist=GIST))
+        state = wide.state_dict() | self.state_dict()
+        weight, bias = (torch.cat([rows[:1], rows[1:].repeat_interleave(2, 0)])  # the first share is that of no part
+                        for rows in (state["parts.share.weight"], state["parts.share.bias"]))
+        weight[1:] += UNLIKE * weight.std() * torch.randn_like(weight[1:])
+        bias[1:] -= math.log(2)
+        wide.load_state_dict(state | {"parts.share.weight": weight, "parts.share.bias": bias})
+        return wide
