@@ -1,12 +1,13 @@
 """Vertex trajectories of captioned, animated GLB files, as the generator's training reads them. Needs bpy.
 
-    python tools/extract_clips.py FOLDER OUT [--verbs walk run ...] [--bodies 9]
+    python tools/extract_clips.py FOLDER OUT [--verbs walk run ...] [--bodies 9] [--puppets 12]
 
 FOLDER holds the GLB files and `captions.json`:
 {file: {"noun": ..., "front": "-Y", "clips": {name: {"verb": ..., "loops": ...}}}}; "front" may be left out.
 OUT gets one .npz per file: faces [T, 3]; rest [N, 3]; clips [C, 24, N, 3], each resampled to 24 poses over its length,
 canonical orientation and scale, root drift removed; verbs [C]; loops [C]; noun.
-With --bodies, as many other bodies of random proportions do the same, each in a file of its own.
+With --bodies, as many other bodies of random proportions do the same, each in a file of its own; with --puppets, so do as many
+bodies made anew of simple solids.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from pathlib import Path
 import bpy
 import numpy as np
 from track4d.training.bodies import other_body
+from track4d.training.puppets import puppet
 from track4d_addon.trajectories import open_animated, play
 from track4d_protocol import space
 
 POSES = 24
-MOST_VERTICES = 9000
+PUPPET_SEED = 7
+MOST_VERTICES = 13000
 FRONTS = {"cat.glb": "+X", "slime.glb": "+X", "eagle.glb": "+Y"}  # all others face -Y
 # Caption to the generator's verb.
 VERBS = {"crawl": "walk", "death": "die", "hit": "get hit", "shake head": "shake the head"}
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--verbs", nargs="+", default=sorted(set(VERBS.values())))
     parser.add_argument("--bodies", type=int, default=0)
+    parser.add_argument("--puppets", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     captions = json.loads((arguments.folder / "captions.json").read_text())
@@ -145,11 +149,18 @@ def main() -> None:
         if found is not None:
             stem, clips = Path(name).stem, found["clips"].astype(np.float32)
             np.savez(arguments.out / f"{stem}.npz", **found)
+            bodies = [(found["rest"], clips)]
             for k in range(arguments.bodies):
                 rng = np.random.default_rng([len(name), *name.encode(), k])
                 rest, other = other_body(found["rest"], found["faces"], clips, rng)
-                body = {"rest": rest, "clips": other.astype(np.float16)}
-                np.savez(arguments.out / f"{stem}~{k}.npz", **found | body)
+                bodies.append((rest, other))
+                np.savez(arguments.out / f"{stem}~{k}.npz", **found | {"rest": rest, "clips": other.astype(np.float16)})
+            for k in range(arguments.puppets):
+                rng = np.random.default_rng([PUPPET_SEED, *name.encode(), k])
+                rest, other = bodies[int(rng.integers(len(bodies)))]
+                rest, faces, other = puppet(rest, found["faces"], other, rng)
+                body = {"rest": rest, "faces": faces, "clips": other.astype(np.float16)}
+                np.savez(arguments.out / f"{stem}^{k}.npz", **found | body)
             print(name, len(found["rest"]), "vertices,", ", ".join(found["verbs"]), flush=True)
 
 

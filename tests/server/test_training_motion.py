@@ -19,7 +19,7 @@ from track4d.training.verbs import Action, animate, mirrored
 from track4d.video.diffusion import BASIS_FRAMES, add_noise, frame_times, log_snr, temporal_basis
 from track4d.video.generator import MotionGenerator
 from track4d.video.motion_unet import MotionUNet, UNetConfig, patches, pixels, turned
-from track4d.video.parts import affine_fits, cells
+from track4d.video.parts import BOUND, affine_fits, cells
 from track4d.video.text import VERB_NAMES, VERBS, tokenise
 from track4d_protocol.errors import Cancelled, InputError
 
@@ -160,6 +160,31 @@ def test_rigid_parts_are_read_from_noise_that_hides_every_pixel():
     assert fitted(0.0) < 0.01
     assert fitted(0.75) < 0.2  # where a pixel's signal is a twentieth of its noise
     assert abs(fitted(1.0) - 1) < 0.01  # nothing is seen in pure noise
+
+
+def test_facts_of_far_turns_stay_within_bounds():
+    places = torch.rand(1, 4000, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    functions, shares = torch.cat([places, torch.ones(1, 4000, 1)], 2), torch.ones(1, 4000, 1)
+    snr = log_snr(torch.tensor([0.05]), 64)
+    small, far = (affine_fits(size * places.repeat(1, 1, 12), functions, shares, snr) for size in (0.5, 200.0))
+    assert 1 < float(small[1].norm()) < BOUND
+    assert float(far[1].norm()) == pytest.approx(BOUND, rel=1e-4)
+    assert torch.allclose(far[0] / 400, small[0], atol=0.02)  # the fits themselves are as large as the motion
+
+
+def test_a_sample_thrown_far_off_counts_by_the_root_of_its_error():
+    batch = data.make_batch(0, 0, 4)
+
+    def loss(size):
+        def predict(noisy, *_):
+            return torch.full_like(noisy, size)
+
+        return [float(each) for each in diffusion_loss(predict, batch, torch.Generator().manual_seed(0), torch.float32)]
+
+    (near, error), (far, large) = loss(100.0), loss(1000.0)
+    assert large / error == pytest.approx(100, rel=0.05)
+    assert far / near == pytest.approx(10, rel=0.05)
+    assert loss(0.01)[0] < 0.1 * near
 
 
 def test_cells_keep_the_noise_as_it_is():

@@ -83,7 +83,8 @@ def diffusion_loss(
 
     What the sentence means is learnt from the noisiest samples, so three quarters of them are in the upper half of the levels,
     and one eleventh all noise, as sampling begins with; weights by the SNR would drown them. Small motions count more than
-    their square, or a wagging tail would never be learnt beside a spin, nor a walk beside a fall.
+    their square, or a wagging tail would never be learnt beside a spin, nor a walk beside a fall; and a sample that the network
+    throws far off counts by the root of its error only, or it alone would say where a step goes.
     """
     size, shape = len(batch.latent), batch.latent.shape
     place = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size  # evenly spread
@@ -103,7 +104,9 @@ def diffusion_loss(
     numbers = torch.bincount(owner, minlength=size) * shape[2]  # that describe the object; [B]
     errors = torch.zeros(size).index_add(0, owner, wrong.square().sum(1)) / numbers
     energy = torch.zeros(size).index_add(0, owner, clean.square().sum(1)) / numbers
-    return (errors * (energy + SMALL_ENERGY) ** -0.75).mean(), errors.detach().mean()
+    wrong_by = errors / (energy + SMALL_ENERGY)
+    wrong_by = torch.where(wrong_by < 1, wrong_by, 2 * wrong_by.clamp(min=1).sqrt() - 1)
+    return (wrong_by * (energy + SMALL_ENERGY) ** 0.25).mean(), errors.detach().mean()
 
 
 def _rows(maps: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DOUBTED = 3.0  # standard deviations of the noise up to which a fit's coefficient says nothing
-BOUND = 10.0  # of the facts; those of a far turn in little noise are larger than any that layers can be trained on
+BOUND = 24.0  # of the facts' length, twice the usual: no layer can be trained on those of a far turn in little noise
 REACH = 4.0  # of the network's own maps: a turn's are several times as large as what its layers are used to
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -36,8 +36,8 @@ def affine_fits(noisy: Tensor, functions: Tensor, shares: Tensor, snr: Tensor) -
         snr: [B], the log-SNR.
 
     Returns:
-        fits [B, K, 4, C] of the clean latent, 0 where all is noise; facts [B, K, 4 C + 16] of about unit size, within
-        `BOUND`: the fits in orthonormal functions, and the part's moments.
+        fits [B, K, 4, C] of the clean latent, 0 where all is noise; facts [B, K, 4 C + 16] of about unit size, together
+        within `BOUND`: the fits in orthonormal functions, and the part's moments.
     """
     signal, noise = torch.sigmoid(snr)[:, None, None, None], torch.sigmoid(-snr)[:, None, None, None]
     weighted = (shares[..., None] * functions[:, :, None]).flatten(2).mT  # [B, 4 K, P]
@@ -53,7 +53,8 @@ def affine_fits(noisy: Tensor, functions: Tensor, shares: Tensor, snr: Tensor) -
     fits = torch.linalg.solve_triangular(root.mT, trusted / pixels.sqrt(), upper=True)
     fits = fits * signal.sqrt() * pixels / (signal * pixels + noise)
     white = white * (signal * pixels + noise) ** -0.5
-    return fits, torch.cat([white.flatten(2), gram.flatten(2)], 2).clamp(-BOUND, BOUND)
+    facts = torch.cat([white.flatten(2), gram.flatten(2)], 2)
+    return fits, facts * (BOUND / facts.norm(dim=2, keepdim=True).clamp(min=BOUND))
 
 
 def cells(maps: Tensor, side: int) -> Tensor:
