@@ -24,7 +24,7 @@ _OTHER_REST_SHARE = 0.3
 # How often a mesh does what it can do; 1 for all others.
 _OFTEN = {"walk": 2.0, "run": 2.0, "sit": 3.0, "wave": 3.0, "eat": 3.0, "dance": 3.0, "punch": 2.0, "clap": 2.0}
 _TAKE_SIDES = frozenset(("wave", "punch", "kick", "die", "attack"))
-WHOLE_BODY_SHARE = 0.2  # of samples need no limbs, and so no clip
+WHOLE_BODY_SHARE = 0.5  # of samples need no limbs, and so no clip
 _ONE_SIDED = 0.1  # by which share of the motion one half has to do more than the other
 
 

@@ -22,7 +22,7 @@ from .clips import WHOLE_BODY_SHARE, ClipObject, draw_clip
 from .objects import ProceduralObject, make_object
 from .verbs import Action, animate
 
-REAL_SHARE = 0.4
+REAL_SHARE = 0.12  # real bodies, for the verbs that have no weights of their own for motions as real clips have them
 NATURAL_REAL_SHARE = 0.9  # where only real motions are to be learnt; the rest keeps it from knowing those few bodies alone
 ACTIONS_PER_OBJECT = 4  # making and drawing an object costs more than moving it
 _BASIS = temporal_basis(frame_times(BASIS_FRAMES)).numpy()  # [16, K]

@@ -45,7 +45,7 @@ class TrainingSettings:
         seed: of the weights, the data and the noise.
         learning_rate: of AdamW in the constant phase.
         muon_rate: of Muon in the constant phase.
-        natural: weights for motions as real clips have them, see `make_batch`; those begun with are widened.
+        natural: weights for motions as real clips have them, see `make_batch`.
     """
 
     steps: int = 12000
@@ -173,8 +173,6 @@ def train(
         network = MotionGenerator.load(start).network
         while grid is not None and network.config.grid < grid:
             network = network.refined()
-        if settings.natural and not network.config.gist:
-            network = network.widened()
     network.train()
     config = network.config
     average = {name: tensor.clone() for name, tensor in network.state_dict().items()}

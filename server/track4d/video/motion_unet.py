@@ -22,8 +22,6 @@ from .parts import PartMotion, zero
 from .text import MAX_TOKENS, VOCABULARY_SIZE
 
 CONDITION_CHANNELS = 8  # premultiplied RGBA, rest position, mask
-GIST = 128  # features of the whole object where a network is widened
-UNLIKE = 0.3  # of the spread of the shares' weights, by which twins of parts differ
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class UNetConfig:
         grid: pixels along each side of the motion latent.
         patch: pixels along each side of a token of the finest level; even.
         parts: of an object that move as one piece, at most.
-        gist: features of the whole object, by which a sentence asks other things of other bodies; 0 is without.
+        gist: features of the whole object, by which a sentence asks other things of other bodies.
     """
 
     channels: tuple[int, int, int] = (64, 96, 128)
@@ -45,8 +43,8 @@ class UNetConfig:
     text_width: int = 64
     grid: int = BASE_GRID
     patch: int = 2
-    parts: int = 7
-    gist: int = 0
+    parts: int = 14
+    gist: int = 128
     vocabulary: int = VOCABULARY_SIZE
     latent: int = LATENT_CHANNELS
 
@@ -242,7 +240,7 @@ class MotionUNet(nn.Module):
         self.view = nn.Parameter(torch.randn(4, width) * 0.1)
         self.embedding_out = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.parts = PartMotion(config.parts, config.latent, config.embedding, config.detail, fine, coarse)
-        self.gist = Gist(config.gist, fine, config.text_width, width) if config.gist else None
+        self.gist = Gist(config.gist, fine, config.text_width, width)
         self.fine_down = ResidualBlock(fine, width)
         self.to_middle = nn.Conv2d(fine, middle, 3, 2, 1)
         self.middle_down = ResidualBlock(middle, width)
@@ -275,9 +273,7 @@ class MotionUNet(nn.Module):
         kind = torch.get_autocast_dtype(inputs.device.type) if torch.is_autocast_enabled(inputs.device.type) else inputs.dtype
         inputs = inputs.to(kind, memory_format=torch.channels_last)
         fine, detail = patches(inputs, self.condition_in, patch), patches(inputs, self.condition_in_detail, patch // 2)
-        views = condition.shape[1]
-        whole = fine.new_zeros(len(condition), 0) if self.gist is None else self.gist.look(fine, views)
-        return Observed(position, mask, fine, detail, places, F.avg_pool2d(places, 2), whole)
+        return Observed(position, mask, fine, detail, places, F.avg_pool2d(places, 2), self.gist.look(fine, condition.shape[1]))
 
     def forward(
         self, noisy: Tensor, condition: Tensor | Observed, noise_level: Tensor, tokens: Tensor, drop: Tensor | None = None
@@ -304,8 +300,7 @@ class MotionUNet(nn.Module):
         look, about = self.parts.look(noisy, observed.position, observed.mask, snr, patch // 2)
         sentence = self.text(tokens, drop)
         embedding = self.level_in(torch.cat([angles.sin(), angles.cos()], -1)) + self.text_in(sentence) + about
-        if self.gist is not None:
-            embedding = embedding + self.gist(observed.gist, sentence)
+        embedding = embedding + self.gist(observed.gist, sentence)
         embedding = self.embedding_out(embedding[:, None] + self.view[None, :views])
         embedding = F.rms_norm(embedding, embedding.shape[-1:])
         mean_embedding, embedding = embedding.mean(1), embedding.flatten(0, 1)
@@ -356,15 +351,3 @@ class MotionUNet(nn.Module):
                 state[name] = spread(state[name], 0, side)
         fine.load_state_dict(state)
         return fine
-
-    @torch.no_grad()
-    def widened(self) -> MotionUNet:
-        """Nearly the same network with room for more: a gist that says nothing yet, a twin a little unlike it for each part."""
-        wide = MotionUNet(replace(self.config, parts=2 * self.config.parts, gist=GIST))
-        state = wide.state_dict() | self.state_dict()
-        weight, bias = (torch.cat([rows[:1], rows[1:].repeat_interleave(2, 0)])  # the first share is that of no part
-                        for rows in (state["parts.share.weight"], state["parts.share.bias"]))
-        weight[1:] += UNLIKE * weight.std() * torch.randn_like(weight[1:])
-        bias[1:] -= math.log(2)
-        wide.load_state_dict(state | {"parts.share.weight": weight, "parts.share.bias": bias})
-        return wide
