@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+from track4d.training import puppets
 from track4d.training.bodies import other_body
 from track4d.training.objects import make_object
-from track4d.training.puppets import puppet
+from track4d.training.puppets import RINGS, SPOKES, puppet
 from track4d.training.verbs import Action, animate
 from track4d.video.text import VERB_NAMES
 
 TIMES = np.arange(16) / 15
+SOLID = RINGS * SPOKES + 2  # vertices
 
 
 def turn(degrees):
@@ -43,7 +45,10 @@ def test_solids_are_closed_and_face_outwards(dog):
     sides = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     assert {tuple(side) for side in sides} == {tuple(side[::-1]) for side in sides}
     assert len(np.unique(sides, axis=0)) == len(sides)
-    assert 0.02 < volume(rest, faces) < 4.2
+    solid = faces[:, 0] // SOLID
+    assert (faces // SOLID == solid[:, None]).all() and len(rest) == SOLID * (solid.max() + 1)
+    volumes = [volume(rest, faces[solid == k]) for k in range(solid.max() + 1)]
+    assert min(volumes) > 0 and 0.02 < sum(volumes) < 4.2
 
 
 def test_puppets_run_as_the_dog_does_on_bodies_of_their_own(dog):
@@ -71,7 +76,16 @@ def test_a_puppet_of_another_body_is_drawn_from_the_same_numbers(dog):
     assert all(np.array_equal(a, b) for a, b in zip(one, other))
 
 
-def test_limbs_may_be_missing(dog):
+def test_a_limb_may_be_missing_and_things_may_be_carried(dog, monkeypatch):
     run = animate(dog, Action(VERB_NAMES.index("run")), TIMES)[None].astype(np.float32)
-    pieces = [len(puppet(dog.vertices, dog.faces, run, np.random.default_rng(seed))[0]) for seed in range(10)]
-    assert len(set(pieces)) > 3
+
+    def solids(seed, lost, carried):
+        monkeypatch.setattr(puppets, "LOST_SHARE", lost)
+        monkeypatch.setattr(puppets, "MOST_CARRIED", carried)
+        return len(puppet(dog.vertices, dog.faces, run, np.random.default_rng(seed))[0]) // SOLID
+
+    whole = [solids(seed, 0, 0) for seed in range(6)]
+    lost = [before - solids(seed, 1, 0) for seed, before in enumerate(whole)]
+    assert min(lost) >= 1 and max(lost) > 1 and all(few < before / 2 for few, before in zip(lost, whole))
+    carried = [solids(seed, 0, 3) - before for seed, before in enumerate(whole)]
+    assert min(carried) >= 0 and 1 <= max(carried) <= 3

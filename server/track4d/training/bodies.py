@@ -37,10 +37,22 @@ def other_body(rest: np.ndarray, faces: np.ndarray, clips: np.ndarray, rng: np.r
     body = reshape(places, rng)
     poses = clips.reshape(-1, *rest.shape[:2])[:, first].astype(np.float64)
     moved = transfer(places, body, edges, poses)
+    other, motion = canonical(body, moved)
+    return other[inverse], motion[:, inverse].reshape(clips.shape)
+
+
+def canonical(body: np.ndarray, poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A body [N, 3] and its poses [P, N, 3], centred and scaled so that the body fits the unit sphere; float32."""
     middle = (body.min(0) + body.max(0)) / 2
     size = np.linalg.norm(body - middle, axis=1).max()
-    other, motion = ((points - middle) / size for points in (body, moved))
-    return other[inverse].astype(np.float32), motion[:, inverse].astype(np.float32).reshape(clips.shape)
+    return ((body - middle) / size).astype(np.float32), ((poses - middle) / size).astype(np.float32)
+
+
+def nearest_rotations(maps: np.ndarray) -> np.ndarray:
+    """To linear maps [N, 3, 3], or to covariances of points and what they became (Kabsch 1976); [N, 3, 3]."""
+    left, _, right = np.linalg.svd(maps)
+    left[np.linalg.det(left @ right) < 0, :, 2] *= -1
+    return left @ right
 
 
 def reshape(places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -82,9 +94,8 @@ def transfer(places: np.ndarray, body: np.ndarray, edges: np.ndarray, poses: np.
     for k, pose in enumerate(poses):
         now = pose[i] - pose[j]
         covariance = collect @ (now[:, :, None] * along[:, None]).reshape(len(edges), 9)  # [M, 9]
-        left, _, right = np.linalg.svd(covariance.reshape(-1, 3, 3))
-        left[np.linalg.det(left @ right) < 0, :, 2] *= -1
-        turn = (left @ right)[i] / 2 + (left @ right)[j] / 2  # [E, 3, 3]
+        turns = nearest_rotations(covariance.reshape(-1, 3, 3))
+        turn = turns[i] / 2 + turns[j] / 2  # [E, 3, 3]
         rotated = np.einsum("eab,eb->ea", turn, other) + ratio * (now - np.einsum("eab,eb->ea", turn, along))
         moved[k] = solve(difference.T @ rotated + HOLD * (body + pose - places))
     return moved

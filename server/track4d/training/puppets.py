@@ -14,6 +14,8 @@ import scipy.sparse
 from scipy.sparse.csgraph import breadth_first_order, connected_components, minimum_spanning_tree
 from scipy.spatial import cKDTree
 
+from .bodies import canonical, nearest_rotations
+
 POINTS = 1500  # of the surface, by which pieces are found
 LOOKED_AT = 64  # poses, likewise
 PIECES = (12, 28)  # at least, and fewer than
@@ -107,12 +109,8 @@ def puppet(
         motions.append(motion)
         triangles.append(sides + count)
         count += len(vertices)
-    body, moved = np.concatenate(bodies), np.concatenate(motions, 1)
-    middle = (body.min(0) + body.max(0)) / 2
-    size = np.linalg.norm(body - middle, axis=1).max()
-    body, moved = ((each - middle) / size for each in (body, moved))
-    return (body.astype(np.float32), np.concatenate(triangles).astype(np.int32),
-            moved.astype(np.float32).reshape(*clips.shape[:2], -1, 3))
+    body, moved = canonical(np.concatenate(bodies), np.concatenate(motions, 1))
+    return body, np.concatenate(triangles).astype(np.int32), moved.reshape(*clips.shape[:2], -1, 3)
 
 
 def _draw_proportions(
@@ -158,13 +156,6 @@ def _scatter(rest: np.ndarray, faces: np.ndarray, rng: np.random.Generator) -> t
     return faces[rng.choice(len(faces), POINTS, p=weight / weight.sum())], rng.dirichlet((1, 1, 1), POINTS).astype(np.float32)
 
 
-def _rotations(points: np.ndarray, poses: np.ndarray) -> np.ndarray:
-    """That take centred points [N, 3] nearest to centred [P, N, 3]; [P, 3, 3] (Kabsch 1976)."""
-    left, _, right = np.linalg.svd(poses.swapaxes(-1, -2) @ points)
-    left[np.linalg.det(left @ right) < 0, :, 2] *= -1
-    return left @ right
-
-
 def _segment(points: np.ndarray, poses: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Which piece each point belongs to, [N]: Lloyd's algorithm where a piece predicts its points by one rigid motion."""
     compact = rng.uniform(0.01, 0.05)
@@ -182,8 +173,8 @@ def _segment(points: np.ndarray, poses: np.ndarray, count: int, rng: np.random.G
             if mine.sum() < FEWEST:
                 continue
             centre, there = points[mine].mean(0), poses[:, mine].mean(1)
-            turns = _rotations(points[mine] - centre, poses[:, mine] - there[:, None])
-            error = (points - centre) @ turns.swapaxes(-1, -2) - (poses - there[:, None])
+            turns = nearest_rotations((poses[:, mine] - there[:, None]).swapaxes(1, 2) @ (points[mine] - centre))
+            error = (points - centre) @ turns.swapaxes(1, 2) - (poses - there[:, None])
             wrong.append(np.einsum("pnc,pnc->n", error, error) / len(poses) + compact * ((points - centre) ** 2).sum(-1))
         piece = np.argmin(wrong, 0)
     near = cKDTree(points).sparse_distance_matrix(cKDTree(points), APART, output_type="coo_matrix")
@@ -199,8 +190,8 @@ def _fit(points: np.ndarray, poses: np.ndarray) -> _Piece:
     """Rest points [n, 3] and [P, n, 3]: a linear map where they say enough, else a rotation."""
     centre, places = points.mean(0), poses.mean(1)
     around, moved = points - centre, poses - places[:, None]
-    turns, hold = _rotations(around, moved), len(points) * FLAT**2
-    maps = (moved.swapaxes(-1, -2) @ around + hold * turns) @ np.linalg.inv(around.T @ around + hold * np.eye(3))
+    covariances, hold = moved.swapaxes(1, 2) @ around, len(points) * FLAT**2
+    maps = (covariances + hold * nearest_rotations(covariances)) @ np.linalg.inv(around.T @ around + hold * np.eye(3))
     return _Piece(points, maps, centre, places)
 
 
@@ -211,7 +202,7 @@ def _tree(pieces: list[_Piece]) -> tuple[list[int], np.ndarray]:
     far = np.linalg.norm(np.array([[a.centre - b.centre for a in pieces] for b in pieces]), axis=-1)
     root = int(np.argmax([len(piece.points) for piece in pieces]))
     order, parents = breadth_first_order(minimum_spanning_tree(gaps + 0.1 * far), root, directed=False)
-    return [int(k) for k in order], np.where(parents < 0, -1, parents)
+    return [int(k) for k in order], np.maximum(parents, -1)
 
 
 def _without_a_limb(pieces: list[_Piece], order: list[int], parents: np.ndarray, rng: np.random.Generator) -> set[int]:
