@@ -1,0 +1,116 @@
+"""How often do the senses of `real_verbs.py` tell the verb of a true motion? What they say of generated ones is read by that.
+
+    python tools/extract_clips.py FOLDER clips && python benchmarks/true_verbs.py clips
+
+First, of every mesh that has several clips of a verb, each of them among all the others of that mesh: the same animator, the
+same body. Then true clips of other bodies of a kind, carried over to the models of `real_verbs.py` by place in the bounding box,
+and told among the models' own clips: what a generator would do that had learnt those bodies by heart and knew which is alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import real_verbs
+from scipy.spatial import cKDTree
+from track4d.training.actions import SIDED
+
+FRAMES = 16
+ALIKE = {
+    "fox": "alpaca bull husky stag cow cat rat zebra",
+    "gull": "bird bat wyvern eagle",
+    "shark": "dolphin whale anglerfish lionfish piranha swordfish",
+    "spider": "spider_tall crab",
+    "robot_expressive": "alien cyberpunk_hero man_casual woman_dress woman_smooth mini_woman warrior zombie skeleton "
+    "astronaut_frog block_robot",
+}
+
+
+def nearest(motion: np.ndarray, clips: list[tuple[str, list[np.ndarray]]], shares: np.ndarray) -> list[str]:
+    """The verb of the clip that is nearest to a motion [F, N, 3] in each sense; of a clip, [P, N, 3], mirror images count."""
+    found = [
+        np.min([real_verbs.distances(motion, poses, verb in real_verbs.CYCLIC, shares) for poses in sides], 0)
+        for verb, sides in clips
+    ]
+    return [clips[k][0] for k in np.argmin(found, 0)]
+
+
+def as_sampled(poses: np.ndarray) -> np.ndarray:
+    """A clip [P, N, 3] as `FRAMES` frames."""
+    return poses[np.round(np.arange(FRAMES) / FRAMES * len(poses)).astype(int) % len(poses)]
+
+
+def among_own(folder: Path) -> dict[str, list[list[bool]]]:
+    """By verb: whether each sense is right about a clip among the others of its mesh."""
+    told: dict[str, list[list[bool]]] = {}
+    for path in sorted(folder.glob("*.npz")):
+        if set("~^") & set(path.stem):  # other bodies, with the same motions
+            continue
+        data = np.load(path)
+        verbs, clips = [str(verb) for verb in data["verbs"]], data["clips"].astype(np.float32)
+        shares = real_verbs.areas(data["rest"], data["faces"])
+        for k, verb in enumerate(verbs):
+            if verbs.count(verb) > 1 and len(set(verbs)) > 1:
+                others = [(verbs[j], [clips[j]]) for j in range(len(verbs)) if j != k]
+                answers = nearest(as_sampled(clips[k]), others, shares)
+                told.setdefault(verb, []).append([answer == verb for answer in answers])
+    return told
+
+
+def carried_over(folder: Path, asset: str, model: dict[str, np.ndarray]) -> dict[str, list[list[bool]]]:
+    """By verb: whether each sense is right about a clip of another body, carried over to an asset."""
+
+    def unit(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        low, high = points.min(0), points.max(0)
+        return (points - low) / (high - low), high - low
+
+    rest, names = model["rest"].astype(np.float32), list(real_verbs.CASES[asset][1].values())
+    shares = real_verbs.areas(rest, model["faces"])
+    own = [
+        (verb, [poses, real_verbs.mirrored(rest, poses)] if verb in SIDED else [poses])
+        for verb, poses in zip(names, model["clips"].astype(np.float32))
+    ]
+    places, size = unit(rest)
+    told: dict[str, list[list[bool]]] = {}
+    for stem in ALIKE[asset].split():
+        data = np.load(folder / f"{stem}.npz")
+        other_places, other_size = unit(data["rest"])
+        near = cKDTree(other_places).query(places, k=3)[1]
+        for verb, poses in zip(map(str, data["verbs"]), data["clips"].astype(np.float32)):
+            if verb in names:
+                motion = as_sampled(poses - poses.mean(0))[:, near].mean(2) * (size / other_size)
+                answers = nearest(rest + motion, own, shares)
+                told.setdefault(verb, []).append([answer == verb for answer in answers])
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path, help="folder written by tools/extract_clips.py")
+    folder = parser.parse_args().clips
+    row = "| {} | {} | " + " | ".join("{:.2f}" for _ in real_verbs.SENSES) + " |"
+    print(f"| mesh, verb | clips | {' | '.join(real_verbs.SENSES)} |\n|---|---:" + "|---:" * len(real_verbs.SENSES) + "|")
+    own = among_own(folder)
+    for verb, rows in own.items():
+        print(row.format(f"its own others, {verb}", len(rows), *np.mean(rows, 0)), flush=True)
+    means = []
+    with tempfile.TemporaryDirectory() as out:
+        for asset in real_verbs.CASES:
+            file = Path(out) / f"{asset}.npz"
+            command = [sys.executable, real_verbs.__file__, "--extract", asset, str(file)]
+            subprocess.run(command, check=True, capture_output=True)
+            for verb, rows in carried_over(folder, asset, dict(np.load(file))).items():
+                means.append(np.mean(rows, 0))
+                print(row.format(f"{asset}, {verb}", len(rows), *means[-1]), flush=True)
+    everything = [told for rows in own.values() for told in rows]
+    print(row.format("**all of its own others**", len(everything), *np.mean(everything, 0)))
+    print(row.format("**all carried over**, mean of prompts", len(means), *np.mean(means, 0)))
+
+
+if __name__ == "__main__":
+    main()
