@@ -108,6 +108,15 @@ def distances(motion: np.ndarray, poses: np.ndarray, cyclic: bool, shares: np.nd
     return np.min(found, 0)
 
 
+def nearest(motion: np.ndarray, clips: list[tuple[str, list[np.ndarray]]], shares: np.ndarray) -> list[str]:
+    """The verb of the clip that is nearest to a motion [F, N, 3] in each sense; of a clip, [P, N, 3], mirror images count."""
+    found = [
+        np.min([distances(motion, poses, verb in CYCLIC, shares) for poses in sides], 0)
+        for verb, sides in clips
+    ]
+    return [clips[k][0] for k in np.argmin(found, 0)]
+
+
 def about_mean(products: np.ndarray) -> float:
     """The scalar product of two sequences [F], each about its own mean, from those of all their elements [F, F]."""
     return float(np.trace(products) - products.sum() / len(products))
@@ -159,22 +168,18 @@ def main() -> None:
             rgba = zbuffer.render(mesh, mesh.vertices[None], viewmats, Ks, size, shading=shading)[0]
             views = (zbuffer.straight(rgba).clip(0, 1) * 255 + 0.5).astype(np.uint8)
             shares = areas(mesh.vertices, mesh.faces)
-            truths = [[poses] for poses in data["clips"]]
-            for name, sides in zip(clips.values(), truths):
-                if name in SIDED:
-                    sides.append(mirrored(mesh.vertices, sides[0]))
+            truths = [
+                (verb, [poses, mirrored(mesh.vertices, poses)] if verb in SIDED else [poses])
+                for verb, poses in zip(clips.values(), data["clips"])
+            ]
             for verb in dict.fromkeys(clips.values()):
                 answers: list[list[str]] = [[] for _ in SENSES]
                 for seed in range(arguments.samples):
                     prompt = f"the {noun} {phrases[verb]}"
                     generator = chosen or MotionGenerator.shipped(prompt)
                     motion = generator.generate(mesh, views, viewmats, Ks, prompt, steps=arguments.steps, seed=seed)
-                    found = [
-                        np.min([distances(motion.tracks, poses, name in CYCLIC, shares) for poses in sides], 0)
-                        for name, sides in zip(clips.values(), truths)
-                    ]
-                    for answer, nearest in zip(answers, np.argmin(found, 0)):
-                        answer.append(list(clips.values())[int(nearest)])
+                    for answer, told in zip(answers, nearest(motion.tracks, truths, shares)):
+                        answer.append(told)
                 hits = [sum(answer == verb for answer in one) for one in answers]
                 prompts, right = prompts + arguments.samples, [a + b for a, b in zip(right, hits)]
                 cells = [f"{', '.join(one)} | {hit}/{arguments.samples}" for one, hit in zip(answers, hits)]

@@ -31,15 +31,6 @@ ALIKE = {
 }
 
 
-def nearest(motion: np.ndarray, clips: list[tuple[str, list[np.ndarray]]], shares: np.ndarray) -> list[str]:
-    """The verb of the clip that is nearest to a motion [F, N, 3] in each sense; of a clip, [P, N, 3], mirror images count."""
-    found = [
-        np.min([real_verbs.distances(motion, poses, verb in real_verbs.CYCLIC, shares) for poses in sides], 0)
-        for verb, sides in clips
-    ]
-    return [clips[k][0] for k in np.argmin(found, 0)]
-
-
 def as_sampled(poses: np.ndarray) -> np.ndarray:
     """A clip [P, N, 3] as `FRAMES` frames."""
     return poses[np.round(np.arange(FRAMES) / FRAMES * len(poses)).astype(int) % len(poses)]
@@ -57,7 +48,7 @@ def among_own(folder: Path) -> dict[str, list[list[bool]]]:
         for k, verb in enumerate(verbs):
             if verbs.count(verb) > 1 and len(set(verbs)) > 1:
                 others = [(verbs[j], [clips[j]]) for j in range(len(verbs)) if j != k]
-                answers = nearest(as_sampled(clips[k]), others, shares)
+                answers = real_verbs.nearest(as_sampled(clips[k]), others, shares)
                 told.setdefault(verb, []).append([answer == verb for answer in answers])
     return told
 
@@ -84,7 +75,7 @@ def carried_over(folder: Path, asset: str, model: dict[str, np.ndarray]) -> dict
         for verb, poses in zip(map(str, data["verbs"]), data["clips"].astype(np.float32)):
             if verb in names:
                 motion = as_sampled(poses - poses.mean(0))[:, near].mean(2) * (size / other_size)
-                answers = nearest(rest + motion, own, shares)
+                answers = real_verbs.nearest(rest + motion, own, shares)
                 told.setdefault(verb, []).append([answer == verb for answer in answers])
     return told
 
