@@ -3,11 +3,11 @@
     python benchmarks/real_verbs.py [--weights FILE] [--samples 2]
 
 Every asset is animated from its rest pose by every verb that it has a clip of. A sample counts as the verb of the clip that
-is nearest to it at the clip's best phase and speed, in three senses: by the angle between both motions (the whole surface about
-its own mean over time, whatever the size: is it that kind of motion? by which idling is told from nothing that it resembles in
-the large), by their mean distance (which favours small motions: to one that is not quite in step, standing still is nearer),
-and by their concordance (Lin 1989: kind and size). Of a motion with a side its mirror image counts too: who waves the other
-hand waves. How often these senses tell the verb of true motions `true_verbs.py` says.
+is nearest to it at the clip's best phase and speed, in three senses: by the angle between both motions (the whole surface
+about its own mean over time, whatever the size: is it that kind of motion? which can't tell idling from a large motion that
+it resembles), by their mean distance (which favours small motions: to one that is not quite in step, standing still is
+nearer), and by their concordance (Lin 1989: kind and size). Of a motion with a side its mirror image counts too: who waves
+the other hand waves. How often these senses tell the verb of true motions `true_verbs.py` says.
 """
 
 from __future__ import annotations
@@ -71,6 +71,23 @@ def extract(asset: str, out: Path) -> None:
     similarity = space.canonical_similarity(rest, "-Y")
     clips = np.stack([similarity.apply(poses) for poses in moving.values()])
     np.savez(out, rest=similarity.apply(rest), clips=clips, **surface(objects))
+
+
+def extracted(asset: str, folder: Path) -> dict[str, np.ndarray]:
+    """What `extract` writes, by a process of its own because of bpy."""
+    file = folder / f"{asset}.npz"
+    subprocess.run([sys.executable, __file__, "--extract", asset, str(file)], check=True, capture_output=True)
+    return dict(np.load(file))
+
+
+def true_clips(asset: str, data: dict[str, np.ndarray]) -> list[tuple[str, list[np.ndarray]]]:
+    """The verb of every clip of an asset, and the clip [P, N, 3], with its mirror image where the verb has a side."""
+    from track4d.training.actions import SIDED
+
+    return [
+        (verb, [poses, mirrored(data["rest"], poses)] if verb in SIDED else [poses])
+        for verb, poses in zip(CASES[asset][1].values(), data["clips"])
+    ]
 
 
 def areas(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -143,7 +160,6 @@ def main() -> None:
     import torch
     from track4d.geometry import zbuffer
     from track4d.geometry.mesh import Mesh
-    from track4d.training.actions import SIDED
     from track4d.training.objects import light
     from track4d.video.generator import MotionGenerator
     from track4d.video.text import VERBS
@@ -160,18 +176,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for asset in arguments.only:
             noun, clips = CASES[asset]
-            file = Path(folder) / f"{asset}.npz"
-            subprocess.run([sys.executable, __file__, "--extract", asset, str(file)], check=True, capture_output=True)
-            data = np.load(file)
+            data = extracted(asset, Path(folder))
+            truths = true_clips(asset, data)
             mesh = Mesh(data["rest"], data["faces"], data["uvs"], data["materials"], list(data["textures"]))
             shading = light(mesh.vertices, mesh.faces, np.random.default_rng(0)).repeat(3, 1).astype(np.float32)
             rgba = zbuffer.render(mesh, mesh.vertices[None], viewmats, Ks, size, shading=shading)[0]
             views = (zbuffer.straight(rgba).clip(0, 1) * 255 + 0.5).astype(np.uint8)
             shares = areas(mesh.vertices, mesh.faces)
-            truths = [
-                (verb, [poses, mirrored(mesh.vertices, poses)] if verb in SIDED else [poses])
-                for verb, poses in zip(clips.values(), data["clips"])
-            ]
             for verb in dict.fromkeys(clips.values()):
                 answers: list[list[str]] = [[] for _ in SENSES]
                 for seed in range(arguments.samples):

@@ -4,21 +4,18 @@
 
 First, of every mesh that has several clips of a verb, each of them among all the others of that mesh: the same animator, the
 same body. Then true clips of other bodies of a kind, carried over to the models of `real_verbs.py` by place in the bounding box,
-and told among the models' own clips: what a generator would do that had learnt those bodies by heart and knew which is alike.
+and told among the models' own clips: what a generator would do that knew those bodies by heart and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import real_verbs
 from scipy.spatial import cKDTree
-from track4d.training.actions import SIDED
 
 FRAMES = 16
 ALIKE = {
@@ -60,12 +57,9 @@ def carried_over(folder: Path, asset: str, model: dict[str, np.ndarray]) -> dict
         low, high = points.min(0), points.max(0)
         return (points - low) / (high - low), high - low
 
-    rest, names = model["rest"].astype(np.float32), list(real_verbs.CASES[asset][1].values())
+    rest, names = model["rest"], real_verbs.CASES[asset][1].values()
     shares = real_verbs.areas(rest, model["faces"])
-    own = [
-        (verb, [poses, real_verbs.mirrored(rest, poses)] if verb in SIDED else [poses])
-        for verb, poses in zip(names, model["clips"].astype(np.float32))
-    ]
+    own = real_verbs.true_clips(asset, model)
     places, size = unit(rest)
     told: dict[str, list[list[bool]]] = {}
     for stem in ALIKE[asset].split():
@@ -92,10 +86,7 @@ def main() -> None:
     means = []
     with tempfile.TemporaryDirectory() as out:
         for asset in real_verbs.CASES:
-            file = Path(out) / f"{asset}.npz"
-            command = [sys.executable, real_verbs.__file__, "--extract", asset, str(file)]
-            subprocess.run(command, check=True, capture_output=True)
-            for verb, rows in carried_over(folder, asset, dict(np.load(file))).items():
+            for verb, rows in carried_over(folder, asset, real_verbs.extracted(asset, Path(out))).items():
                 means.append(np.mean(rows, 0))
                 print(row.format(f"{asset}, {verb}", len(rows), *means[-1]), flush=True)
     everything = [told for rows in own.values() for told in rows]
