@@ -17,6 +17,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -80,14 +81,11 @@ def extracted(asset: str, folder: Path) -> dict[str, np.ndarray]:
     return dict(np.load(file))
 
 
-def true_clips(asset: str, data: dict[str, np.ndarray]) -> list[tuple[str, list[np.ndarray]]]:
-    """The verb of every clip of an asset, and the clip [P, N, 3], with its mirror image where the verb has a side."""
+def with_sides(verbs: Iterable[str], clips: np.ndarray, rest: np.ndarray) -> list[tuple[str, list[np.ndarray]]]:
+    """Each verb and its clip [P, N, 3] of a body at rest [N, 3], with the mirror image where the verb has a side."""
     from track4d.training.actions import SIDED
 
-    return [
-        (verb, [poses, mirrored(data["rest"], poses)] if verb in SIDED else [poses])
-        for verb, poses in zip(CASES[asset][1].values(), data["clips"])
-    ]
+    return [(verb, [poses, mirrored(rest, poses)] if verb in SIDED else [poses]) for verb, poses in zip(verbs, clips)]
 
 
 def areas(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -177,7 +175,7 @@ def main() -> None:
         for asset in arguments.only:
             noun, clips = CASES[asset]
             data = extracted(asset, Path(folder))
-            truths = true_clips(asset, data)
+            truths = with_sides(clips.values(), data["clips"], data["rest"])
             mesh = Mesh(data["rest"], data["faces"], data["uvs"], data["materials"], list(data["textures"]))
             shading = light(mesh.vertices, mesh.faces, np.random.default_rng(0)).repeat(3, 1).astype(np.float32)
             rgba = zbuffer.render(mesh, mesh.vertices[None], viewmats, Ks, size, shading=shading)[0]

@@ -4,7 +4,7 @@
 
 First, of every mesh that has several clips of a verb, each of them among all the others of that mesh: the same animator, the
 same body. Then true clips of other bodies of a kind, carried over by place in the bounding box and told among the body's own
-clips: to the training's own meshes, from those of other rigs; and to the models of `real_verbs.py`: what a generator would do
+clips: to the training's own meshes, from those of other sets; and to the models of `real_verbs.py`: what a generator would do
 that knew those bodies by heart and nothing else.
 """
 
@@ -20,7 +20,7 @@ from scipy.spatial import cKDTree
 
 FRAMES = 16
 POINTS = 500  # of a surface, at random by area, where many clips are carried over
-KINDS = (  # meshes of a kind; those between commas have one rig, and their clips are much the same
+KINDS = (  # meshes of a kind; clips are not carried over between those that no comma parts: many have one rig, and the same clips
     "alpaca bull husky stag, cow zebra, rat cat, frog pig sheep",
     "man_casual woman_dress woman_smooth alien, warrior, zombie skeleton, astronaut_frog, cyberpunk_hero, mini_woman, "
     "block_robot banana",
@@ -87,9 +87,7 @@ def carried_over(
 
 def among_alike(folder: Path) -> list[np.ndarray]:
     """For every mesh of the training with three verbs or more, and every verb: how often each sense is right about clips of
-    other rigs."""
-    from track4d.training.actions import SIDED
-
+    other sets."""
     means = []
     for kind in KINDS:
         rigs = [[dict(np.load(folder / f"{stem}.npz")) for stem in rig.split()] for rig in kind.split(",")]
@@ -101,8 +99,7 @@ def among_alike(folder: Path) -> list[np.ndarray]:
                 shares = real_verbs.areas(data["rest"], data["faces"])
                 some = np.random.default_rng(0).choice(len(shares), POINTS, p=shares)
                 rest, clips = data["rest"][some], data["clips"][:, :, some].astype(np.float32)
-                own = [(verb, [poses, real_verbs.mirrored(rest, poses)] if verb in SIDED else [poses])
-                       for verb, poses in zip(map(str, data["verbs"]), clips)]
+                own = real_verbs.with_sides(map(str, data["verbs"]), clips, rest)
                 told = carried_over(sources, rest, own, np.full(POINTS, 1 / POINTS))
                 means += [np.mean(rows, 0) for rows in told.values()]
     return means
@@ -124,7 +121,8 @@ def main() -> None:
             model = real_verbs.extracted(asset, Path(out))
             sources = [dict(np.load(folder / f"{stem}.npz")) for stem in ALIKE[asset].split()]
             shares = real_verbs.areas(model["rest"], model["faces"])
-            told = carried_over(sources, model["rest"], real_verbs.true_clips(asset, model), shares)
+            clips = real_verbs.with_sides(real_verbs.CASES[asset][1].values(), model["clips"], model["rest"])
+            told = carried_over(sources, model["rest"], clips, shares)
             for verb, rows in told.items():
                 means.append(np.mean(rows, 0))
                 print(row.format(f"{asset}, {verb}", len(rows), *means[-1]), flush=True)
